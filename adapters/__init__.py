@@ -1,0 +1,1 @@
+"""What an engine speaks: pure protocol code, bytes in and out, no sockets."""

@@ -1,0 +1,185 @@
+"""The shape of an adapter: an Exchange is a small state machine that turns one decided request into calls to engines.
+
+The shell (gateway/dispatch.py) carries out commands and reports what happened; the Exchange never waits, never looks at
+a clock and never sees a socket. Everything before `Commit` can be retried, for nothing has reached the client. After
+`Commit` the bytes of the answering call flow through the relay without passing here; only its end comes back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol, TypeAlias
+
+from gateway.core.types import Engine, Report
+
+
+class Leg(StrEnum):
+    """Which part of the exchange a call is."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Cause(StrEnum):
+    """How a call ended without a usable answer."""
+
+    CONNECT = "connect"
+    """The connection was refused or could not be made in time: the engine never saw the request."""
+    HEAD_TIMEOUT = "head_timeout"
+    """Connected and sent; no first data within the limit."""
+    IDLE_TIMEOUT = "idle_timeout"
+    """Data stopped for longer than the limit."""
+    LOST = "lost"
+    """The connection broke after the request was sent."""
+    GARBAGE = "garbage"
+    """The bytes were not HTTP, or not what the protocol says."""
+    TOO_LARGE = "too_large"
+    """A buffered answer went over the limit."""
+
+
+# ---- commands: what the Exchange wants done -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Send one HTTP request to an engine. `is_answer`: its response is for the client, first data event reported."""
+
+    leg: Leg
+    engine: Engine
+    path: str
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+    is_answer: bool = False
+    is_replayable: bool = True
+    """Whether the shell may send it again by itself on a fresh connection when a kept-alive one turned out closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hangup:
+    """Close the call of that leg now: closing the connection is the engines' abort."""
+
+    leg: Leg
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Start relaying the answering call to the client, held-back bytes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """This attempt is over; decide again, avoiding the engine at fault."""
+
+    engine_id: str
+    reason: str
+    is_engine_down: bool = False
+    """The failure says the engine itself is unreachable, not only this request unlucky."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Give the client this answer (an engine's own 4xx, passed on)."""
+
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something the core wants to hear: the prefill leg is done."""
+
+    prefill_done: bool = True
+
+
+Command: TypeAlias = Call | Hangup | Commit | Retry | Answer | Note
+
+# ---- events: what happened ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A whole response arrived: of a call that is not the answer, or an answering call that was not a 200 stream."""
+
+    leg: Leg
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class FirstEvent:
+    """The first SSE event with data of a 200 stream on the answering call; `data` is the text after `data:`."""
+
+    leg: Leg
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A call ended without a usable answer, before Commit."""
+
+    leg: Leg
+    cause: Cause
+    detail: str = ""
+
+
+Happening: TypeAlias = Answered | FirstEvent | Broken
+
+
+class Exchange(Protocol):
+    """One attempt at one request on one pair."""
+
+    def start(self) -> list[Command]:
+        """The first calls."""
+        ...
+
+    def receive(self, happening: Happening) -> list[Command]:
+        """What to do now. Happenings on legs already hung up are ignored."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """The client's request, parsed once and stripped of routing-internal fields."""
+
+    request_id: str
+    path: str
+    body: dict[str, object]
+    is_stream: bool
+    headers: tuple[tuple[str, str], ...] = ()
+    """End-to-end headers to pass on (authorization, trace context)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What an engine says of itself; `None` means it did not say."""
+
+    report: Report | None = None
+    models: tuple[str, ...] | None = None
+    block_tokens: int | None = None
+    kv_capacity_tokens: int | None = None
+    max_model_tokens: int | None = None
+
+
+class Adapter(Protocol):
+    """What one kind of engine speaks."""
+
+    health_path: str
+    """GET it: 200 means the engine serves."""
+    report_path: str
+    """GET it: the body is for `parse_report`."""
+    models_path: str
+
+    def open(self, payload: Payload, prefill: Engine, decode: Engine) -> Exchange:
+        """The exchange for one attempt on this pair; one engine twice means a single leg."""
+        ...
+
+    def parse_report(self, body: bytes) -> Facts:
+        """Load and cache facts from the report body. Raises MalformedEngineData."""
+        ...
+
+    def parse_models(self, body: bytes) -> Facts:
+        """Model names and limits from the model list. Raises MalformedEngineData."""
+        ...

@@ -1,0 +1,1 @@
+"""Sluice: a request-level gateway for disaggregated LLM serving."""

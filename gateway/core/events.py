@@ -1,0 +1,152 @@
+"""What the world tells the core. Each event is a value; `Scheduler.apply(event, now=...)` is the only way in.
+
+A request lives so: decide -> Dispatch -> (PrefillDone) -> FirstToken -> Progress* -> Finished, or AttemptFailed
+at any point after the Dispatch, or Left while it waits. Events for requests that are already over are ignored: the
+shell may be told of an end twice (client gone and engine done in the same turn of the loop).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gateway.core.types import Engine, Health, Report
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFound:
+    """An engine exists, or new facts about it are known. Replaces what was known under the same id."""
+
+    engine: Engine
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLost:
+    """An engine left the configuration for good: everything known of it goes."""
+
+    engine_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """An engine's health was probed or inferred from a failed call."""
+
+    engine_id: str
+    health: Health
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """An engine reported its load."""
+
+    engine_id: str
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    """The prefill leg ended well: the prefill engine computed the prompt and holds its KV for the decode engine."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The first output token left for the client."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How many output tokens the request has so far; sent now and then, not per token."""
+
+    request_id: str
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The request was answered to its end. Counts are the engine's own where it told, else None."""
+
+    request_id: str
+    output_tokens: int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    tbt_s: float | None = None
+    """Mean of the slowest 10 % of token gaps."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    """The dispatched attempt is over without an answer: its reservations go. The shell may decide again."""
+
+    request_id: str
+    engine_id: str | None
+    """The engine at fault; None when nobody was (the client left)."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """The client left while the request waited or ran."""
+
+    request_id: str
+
+
+class Tier(StrEnum):
+    """Where an engine keeps a KV block; the nearer, the cheaper to use."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    REMOTE = "remote"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlocksStored:
+    """An engine now holds these blocks. `hashes` are ours (core/blocks.py), shape (blocks,), never the engine's own."""
+
+    engine_id: str
+    block_tokens: int
+    hashes: NDArray[np.uint64]
+    tier: Tier = Tier.DEVICE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlocksRemoved:
+    """An engine dropped these blocks from that tier."""
+
+    engine_id: str
+    block_tokens: int
+    hashes: NDArray[np.uint64]
+    tier: Tier = Tier.DEVICE
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksCleared:
+    """An engine dropped every block (cache reset or restart)."""
+
+    engine_id: str
+
+
+Event: TypeAlias = (
+    EngineFound
+    | EngineLost
+    | EngineHealth
+    | EngineReport
+    | PrefillDone
+    | FirstToken
+    | Progress
+    | Finished
+    | AttemptFailed
+    | Left
+    | BlocksStored
+    | BlocksRemoved
+    | BlocksCleared
+)

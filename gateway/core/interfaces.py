@@ -1,0 +1,140 @@
+"""What the core asks of its plug-ins: frozen dataclasses of settings, whose `start` gives the working object.
+
+Settings and state are apart so that one config can start many schedulers (simulator seeds, tests) without sharing.
+A stateless plug-in returns itself from `start`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gateway.core.types import Dispatch, Engine, Report, Request
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """One engine as a policy or predictor sees it at the instant of a decision. Counts include what we sent since."""
+
+    engine: Engine
+    report: Report | None
+    report_age_s: float | None
+    """None: it never reported."""
+    in_flight_count: int
+    """Requests there: ours, plus others' that its last report showed."""
+    queued_count: int
+    """Of these, requests whose prefill has not ended (prefill or both), or that have not joined the batch (decode)."""
+    decoding_count: int
+    """Of these, requests that are producing tokens."""
+    prefill_work_s: float
+    """Predicted seconds of prefill work still ahead of a new arrival."""
+    queued_tokens: int
+    """Uncached prompt tokens of the queued requests."""
+    kv_tokens: int
+    """KV tokens held by requests in flight there (prompt plus output so far)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairTable:
+    """Every feasible pair, one row each, sorted by (prefill id, decode id). All arrays have shape (pairs,)."""
+
+    prefills: tuple[EngineLoad, ...]
+    decodes: tuple[EngineLoad, ...]
+    prefill_row: NDArray[np.intp]
+    """Index into `prefills`."""
+    decode_row: NDArray[np.intp]
+    """Index into `decodes`."""
+    cached_tokens: NDArray[np.int64]
+    wait_s: NDArray[np.float64]
+    fetch_s: NDArray[np.float64]
+    prefill_s: NDArray[np.float64]
+    hand_off_s: NDArray[np.float64]
+    join_s: NDArray[np.float64]
+    tbt_s: NDArray[np.float64]
+
+    @property
+    def ttft_s(self) -> NDArray[np.float64]:
+        """Predicted time to the first token of each pair, seconds, shape (pairs,)."""
+        return self.wait_s + self.fetch_s + self.prefill_s + self.hand_off_s + self.join_s
+
+    def __len__(self) -> int:
+        return int(self.prefill_row.shape[0])
+
+
+class Chooser(Protocol):
+    """A started policy."""
+
+    def costs(self, request: Request, pairs: PairTable, *, now: float) -> NDArray[np.float64]:
+        """A cost for each pair, shape (pairs,), finite or +inf; the lowest wins, ties go to the first row."""
+        ...
+
+    def dispatched(self, request: Request, dispatch: Dispatch, *, now: float) -> None:
+        """The scheduler sent the request to that pair. Stateless choosers do nothing."""
+        ...
+
+
+class Policy(Protocol):
+    """Settings of a policy: which feasible pair."""
+
+    def start(self, rng: random.Random) -> Chooser: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillOutcome:
+    """A prefill that ended: what was asked and what it took."""
+
+    engine: Engine
+    prompt_tokens: int
+    cached_tokens: int
+    queued_ahead_s: float
+    """Predicted work ahead of it when it was sent."""
+    elapsed_s: float
+    """From dispatch to the end of the prefill."""
+    predicted_s: float
+    """What had been predicted for `elapsed_s`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOutcome:
+    """A decode that ended."""
+
+    engine: Engine
+    batch: int
+    """Requests decoding there when it joined, itself included."""
+    kv_tokens: int
+    output_tokens: int
+    tbt_s: float
+    predicted_tbt_s: float
+
+
+class Estimator(Protocol):
+    """A started predictor: pure in its arguments but for what it learnt from `observe_*`."""
+
+    def prefill_s(self, engine: Engine, *, prompt_tokens: int, cached_tokens: int) -> float:
+        """Seconds the prefill takes on an idle engine, > 0; monotone in prompt_tokens, never more with more cached."""
+        ...
+
+    def decode_step_s(self, engine: Engine, *, batch: int, kv_tokens: int) -> float:
+        """Seconds of one decode step with that batch and that many KV tokens in it, > 0; monotone in both."""
+        ...
+
+    def hand_off_s(
+        self, prefills: Sequence[Engine], decodes: Sequence[Engine], *, prompt_tokens: int
+    ) -> NDArray[np.float64]:
+        """Seconds to move the prompt's KV, shape (prefills, decodes), >= 0."""
+        ...
+
+    def observe_prefill(self, outcome: PrefillOutcome) -> None: ...
+
+    def observe_decode(self, outcome: DecodeOutcome) -> None: ...
+
+
+class Predictor(Protocol):
+    """Settings of a predictor: how long will it take."""
+
+    def start(self) -> Estimator: ...

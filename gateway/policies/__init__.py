@@ -1,0 +1,1 @@
+"""Policies: which feasible pair. Pure plug-ins; the table is POLICIES."""

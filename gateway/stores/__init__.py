@@ -1,0 +1,1 @@
+"""Stores: where gateways share index and ledger."""

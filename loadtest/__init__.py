@@ -1,0 +1,1 @@
+"""Test bench: workloads, engine model, simulator, emulated engines, clients, reports."""

@@ -1,0 +1,1 @@
+"""Predictors: how long will it take. Pure plug-ins; the table is PREDICTORS."""
