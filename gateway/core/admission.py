@@ -18,9 +18,13 @@ class AdmissionLimits:
     max_wait_s: float = 30.0
     max_attempts: int = 3
 
+    def room(self, engine: Engine) -> int:
+        """Requests that the engine takes at once."""
+        return engine.max_in_flight or self.max_in_flight_per_engine
+
     def serves(self, engine: Engine, request: Request) -> bool:
-        """Whether the engine has the model; an engine whose model list is not known may have it."""
-        return not engine.models or request.model in engine.models
+        """Whether the engine has the model; one whose model list is not known may have it. No model named: any."""
+        return not engine.models or not request.model or request.model in engine.models
 
 
 def refuse_unservable(request: Request, cluster: Cluster, limits: AdmissionLimits) -> Reject | None:

@@ -154,7 +154,7 @@ class Scheduler:
             for state in self.cluster.engines.values()
             if state.health is Health.UP
             and self.limits.serves(state.engine, request)
-            and state.in_flight_count < self.limits.max_in_flight_per_engine
+            and state.in_flight_count < self.limits.room(state.engine)
         ]
         fresh = [load for load in loads if load.engine.id not in request.avoid]
         pairs = self._estimate(request, fresh)
