@@ -66,7 +66,7 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     max_header_bytes: Annotated[int, Meta(ge=1_024, le=2**20)] = 16_384
     """Largest request line and largest single header field, in bytes."""
     max_connections: Count = 16_384
-    """Client connections open at once; further ones are closed at once."""
+    """Client connections open at once."""
     backlog: Annotated[int, Meta(ge=1, le=65_535)] = 1_024
     """Connections the kernel holds before they are accepted (`listen(2)`)."""
     keepalive_s: Seconds = 75.0
@@ -117,6 +117,8 @@ class DiscoverySettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Path of a TOML or JSON file with `engines`, read again when it changes; not set: none."""
     poll_s: Seconds = 5.0
     """Seconds between looks at the file and at `dns://` names."""
+    timeout_s: Seconds = 2.0
+    """Seconds a look may take; after that the engines last seen stay."""
 
 
 class EngineClientSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -206,7 +208,7 @@ class JournalSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     path: Name | None = None
     """File that is written; not set: no journal."""
     max_bytes: Bytes = 2**30
-    """Size in bytes at which the file starts over, the one before being kept under the same name plus `.1`."""
+    """Most bytes the journal takes on disk."""
 
 
 class TrustSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -220,18 +222,18 @@ class IndexSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """The map of which engine holds which KV blocks."""
 
     max_blocks: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 2_000_000
-    """Blocks remembered over all engines; the longest unused go first."""
+    """Blocks remembered at once, over all engines."""
 
 
 class TokenSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How prompts are turned into token ids."""
 
     tokenizer: Name | None = None
-    """Path of a `tokenizer.json` or of its folder; not set: the engine is asked, or the length estimated."""
+    """Path of a `tokenizer.json` or of its folder; not set: none of our own."""
     cached_prompts: Annotated[int, Meta(ge=0, le=1_000_000)] = 4_096
     """Tokenised prompts remembered, as a count; 0 remembers none."""
     characters_per_token: Annotated[float, Meta(gt=0, le=100)] = 4.0
-    """First guess for estimating lengths, in characters per token; corrected by what engines report."""
+    """First guess for estimating lengths, in characters per token."""
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -282,10 +284,12 @@ def load(text: str, environ: Mapping[str, str]) -> Config:
     return resolve(toml.read(Config, toml.parse(text), environ))
 
 
-def load_engines(text: str, environ: Mapping[str, str], *, is_json: bool = False) -> tuple[EngineSettings, ...]:
+def load_engines(
+    text: str, environ: Mapping[str, str], *, max_in_flight: int, is_json: bool = False
+) -> tuple[EngineSettings, ...]:
     """The engines of a discovery file (TOML, or JSON of the same shape), resolved. Raises ConfigError."""
     table = toml.parse_json(text) if is_json else toml.parse(text)
-    return resolve_engines(toml.read(EngineList, table, environ).engines)
+    return resolve_engines(toml.read(EngineList, table, environ).engines, max_in_flight=max_in_flight)
 
 
 def render(config: Config) -> str:
@@ -295,11 +299,7 @@ def render(config: Config) -> str:
 
 def resolve(config: Config) -> Config:
     """The same settings with dependent defaults filled in. Raises ConfigError where two settings contradict."""
-    limit = config.admission.max_in_flight_per_engine
-    engines = tuple(
-        engine if engine.max_in_flight is not None else replace(engine, max_in_flight=limit)
-        for engine in resolve_engines(config.engines)
-    )
+    engines = resolve_engines(config.engines, max_in_flight=config.admission.max_in_flight_per_engine)
     _refuse_own_address(config.server, engines)
     if config.discovery.file is None:
         _refuse_lonely_roles(engines)
@@ -307,9 +307,9 @@ def resolve(config: Config) -> Config:
     return replace(config, engines=engines)
 
 
-def resolve_engines(engines: Sequence[EngineSettings]) -> tuple[EngineSettings, ...]:
-    """The engines with URLs in normal form and ids filled in. Raises ConfigError when two share either."""
-    resolved = tuple(_resolve_engine(engine, f"engines[{row}]") for row, engine in enumerate(engines))
+def resolve_engines(engines: Sequence[EngineSettings], *, max_in_flight: int) -> tuple[EngineSettings, ...]:
+    """The engines with URLs in normal form, ids and limits filled in. Raises ConfigError when two share URL or id."""
+    resolved = tuple(_resolve_engine(engine, max_in_flight, f"engines[{row}]") for row, engine in enumerate(engines))
     _refuse_twins("url", (engine.url for engine in resolved))
     _refuse_twins("id", (engine.id for engine in resolved))
     return resolved
@@ -354,11 +354,14 @@ def _override(table: _Table, key: str, value: object, flag: str) -> _Table:
     return table if value is None else replace(table, **{key: toml.read_field(type(table), key, value, flag)})
 
 
-def _resolve_engine(engine: EngineSettings, path: str) -> EngineSettings:
+def _resolve_engine(engine: EngineSettings, max_in_flight: int, path: str) -> EngineSettings:
     address = parse_address(engine.url, f"{path}.url")
     if address.scheme == DNS_SCHEME and engine.id not in ("", address.netloc):
         raise ConfigError(f"{path}.id: a {DNS_SCHEME}:// URL stands for many engines, whose ids are their addresses")
-    return replace(engine, url=address.url, id=engine.id or address.netloc)
+    if address.scheme == DNS_SCHEME and (engine.metrics_url or engine.kv_events_endpoint):
+        raise ConfigError(f"{path}: a {DNS_SCHEME}:// URL stands for many engines, which cannot share one endpoint")
+    limit = max_in_flight if engine.max_in_flight is None else engine.max_in_flight
+    return replace(engine, url=address.url, id=engine.id or address.netloc, max_in_flight=limit)
 
 
 def _refuse_twins(key: str, values: Iterable[str]) -> None:

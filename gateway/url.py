@@ -67,8 +67,10 @@ def _refuse_extras(parts: SplitResult, path: str) -> None:
 def _parse_host(parts: SplitResult, path: str) -> str:
     host = parts.hostname or ""
     if "[" in parts.netloc:
+        if "%" in host:
+            raise ConfigError(f"{path}: an address with a zone (%) is not supported")
         try:
-            return str(ipaddress.IPv6Address(host.partition("%")[0]))
+            return str(ipaddress.IPv6Address(host))
         except ValueError as error:
             raise ConfigError(f"{path}: not an IPv6 address: {error}") from None
     if not _HOST.fullmatch(host):
