@@ -112,6 +112,17 @@ class DecodeOutcome:
     predicted_tbt_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class HandOffOutcome:
+    """A hand-off that ended."""
+
+    prefill: Engine
+    decode: Engine
+    prompt_tokens: int
+    elapsed_s: float
+    """From the end of the prefill to the KV being at the decode engine."""
+
+
 class Estimator(Protocol):
     """A started predictor: pure in its arguments but for what it learnt from `observe_*`."""
 
@@ -132,6 +143,8 @@ class Estimator(Protocol):
     def observe_prefill(self, outcome: PrefillOutcome) -> None: ...
 
     def observe_decode(self, outcome: DecodeOutcome) -> None: ...
+
+    def observe_hand_off(self, outcome: HandOffOutcome) -> None: ...
 
 
 class Predictor(Protocol):
