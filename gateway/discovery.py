@@ -40,6 +40,7 @@ def engine_of(settings: EngineSettings) -> Engine:
         adapter=settings.adapter,
         connector=settings.connector,
         pool=settings.pool,
+        max_in_flight=settings.max_in_flight,
     )
 
 
@@ -82,6 +83,16 @@ class Directory:
     def settings(self) -> Mapping[str, EngineSettings]:
         """Engine id -> settings, as of the last look."""
         return MappingProxyType(self._settings)
+
+    def api_key(self, engine_id: str) -> str | None:
+        """The bearer token for an engine; None when it has none of its own."""
+        settings = self._settings.get(engine_id)
+        return settings.api_key.reveal() if settings and settings.api_key else None
+
+    def metrics_url(self, engine_id: str) -> str | None:
+        """Where an engine's load is read when not at the adapter's own path."""
+        settings = self._settings.get(engine_id)
+        return settings.metrics_url if settings else None
 
     async def follow(self) -> AsyncIterator[EngineFound | EngineLost]:
         """Every difference from now on, beginning with all engines found; never ends."""

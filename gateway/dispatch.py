@@ -67,10 +67,10 @@ StreamAnswer = Callable[[EngineCall, Decided, Dispatch], Awaitable[StreamEnd]]
 class Engines:
     """Connections and credentials per engine."""
 
-    def __init__(self, *, keepalive_s: float, max_idle: int, api_keys: Mapping[str, str]) -> None:
+    def __init__(self, *, keepalive_s: float, max_idle: int, api_key: Callable[[str], str | None]) -> None:
         self._keepalive_s = keepalive_s
         self._max_idle = max_idle
-        self._api_keys = api_keys
+        self._api_key = api_key
         self._pools: dict[str, ConnectionPool] = {}
 
     def pool(self, engine: Engine) -> ConnectionPool:
@@ -91,7 +91,7 @@ class Engines:
             f"host: {Address.of(call.engine.url).host_header}",
             f"content-length: {len(call.body)}",
         ]
-        api_key = self._api_keys.get(call.engine.id)
+        api_key = self._api_key(call.engine.id)
         if api_key is not None:
             lines.append(f"authorization: Bearer {api_key}")
         lines += [

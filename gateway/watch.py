@@ -50,16 +50,16 @@ class Watch:
         adapters: Mapping[str, Adapter],
         limits: WatchLimits,
         *,
-        api_keys: Mapping[str, str],
-        metrics_urls: Mapping[str, str],
+        api_key: Callable[[str], str | None],
+        metrics_url: Callable[[str], str | None],
         on_down: Callable[[str, str], None],
         on_lost: Callable[[str], None],
     ) -> None:
         self._driver = driver
         self._adapters = adapters
         self._limits = limits
-        self._api_keys = api_keys
-        self._metrics_urls = metrics_urls
+        self._api_key = api_key
+        self._metrics_url = metrics_url
         self._on_down = on_down
         self._on_lost = on_lost
         self._followers: dict[str, asyncio.Task[None]] = {}
@@ -128,7 +128,7 @@ class Watch:
 
     async def _read_report(self, engine: Engine, session: aiohttp.ClientSession) -> None:
         adapter = self._adapters[engine.adapter]
-        url = self._metrics_urls.get(engine.id, engine.url + adapter.report_path)
+        url = self._metrics_url(engine.id) or engine.url + adapter.report_path
         facts = adapter.parse_report(await self._get(engine, url, session))
         self._take_facts(engine.id, facts)
         if facts.report is not None:
@@ -149,7 +149,7 @@ class Watch:
             self._driver.apply(EngineFound(learnt))
 
     async def _get(self, engine: Engine, url: str, session: aiohttp.ClientSession) -> bytes:
-        api_key = self._api_keys.get(engine.id)
+        api_key = self._api_key(engine.id)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         async with session.get(url, headers=headers, allow_redirects=False) as response:
             body = await response.content.read(MAX_REPORT_BYTES + 1)
