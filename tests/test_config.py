@@ -129,7 +129,7 @@ HORRORS = [
     ("[engine_client]\nconnect_timeout_s = 90", "engine_client.connect_timeout_s: 90.0 is over first_event_timeout_s"),
     ("[watch]\nreport_stale_s = 0.5", "watch.report_stale_s: 0.5 must be over report_interval_s (0.5)"),
     ("[server]\nhost = ''", "server.host: expected a string of 1 to 256 characters"),
-    ("[server]\nprot = 1", "server.prot: unknown key; did you mean port? [server] knows backlog, host, "),
+    ("[server]\nprot = 1", "server.prot: unknown key; did you mean port? [server] knows backlog, body_timeout_s, host, "),
     ("[severs]", "severs: unknown key; did you mean server? the top level knows admission, "),
     ('["a\\nb"]', '"a\\nb": unknown key; the top level knows '),
     ("server = 1", "server: expected a table, got 1"),

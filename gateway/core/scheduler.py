@@ -33,6 +33,7 @@ from gateway.core.events import (
 from gateway.core.interfaces import (
     DecodeOutcome,
     EngineLoad,
+    HandOffOutcome,
     PairTable,
     Policy,
     Predictor,
@@ -196,8 +197,7 @@ class Scheduler:
             case PrefillDone(request_id):
                 self._prefill_done(request_id, now)
             case FirstToken(request_id):
-                self._prefill_done(request_id, now)
-                self.cluster.progressed(request_id, 1, now)
+                self._first_token(request_id, now)
             case Progress(request_id, output_tokens):
                 self.cluster.progressed(request_id, output_tokens, now)
             case Finished():
@@ -214,6 +214,12 @@ class Scheduler:
         if reservation is not None:
             self._room_at = now
             self._learn_prefill(reservation, now)
+
+    def _first_token(self, request_id: str, now: float) -> None:
+        self._prefill_done(request_id, now)
+        reservation = self.cluster.progressed(request_id, 1, now)
+        if reservation is not None and reservation.estimate.is_hand_off:
+            self._learn_hand_off(reservation, now)
 
     def _finished(self, event: Finished, now: float) -> None:
         reservation = self.cluster.release(event.request_id, now)
@@ -238,6 +244,20 @@ class Scheduler:
                     predicted_s=estimate.wait_s + estimate.prefill_s,
                 )
             )
+
+    def _learn_hand_off(self, reservation: Reservation, now: float) -> None:
+        prefill = self.cluster.engines.get(reservation.estimate.prefill)
+        decode = self.cluster.engines.get(reservation.estimate.decode)
+        if prefill is None or decode is None or reservation.prefill_done_at is None:
+            return
+        self._estimator.observe_hand_off(
+            HandOffOutcome(
+                prefill=prefill.engine,
+                decode=decode.engine,
+                prompt_tokens=reservation.request.prompt_tokens,
+                elapsed_s=max(0.0, now - reservation.prefill_done_at - reservation.estimate.join_s),
+            )
+        )
 
     def _learn_decode(self, reservation: Reservation, event: Finished) -> None:
         state = self.cluster.engines.get(reservation.estimate.decode)
