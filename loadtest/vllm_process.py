@@ -1,0 +1,256 @@
+"""Starts and stops real vLLM engines on this machine's CPU, with a tiny random model and KV hand-off between them.
+
+    async with VllmFleet(python, [EngineSpec("p0", Role.PREFILL), EngineSpec("d0", Role.DECODE)], directory) as fleet:
+        print(fleet["p0"].url)
+
+The engines are ordinary `vllm.entrypoints.openai.api_server` processes. Each runs under loadtest/leash.py, so none of
+them outlives this process, however it ends. Flags and environment were found by running vLLM 0.32.0 on two cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+
+from gateway.core.errors import GatewayError
+from gateway.core.types import Role
+
+MODEL = "tiny"
+MAX_MODEL_TOKENS = 8192
+BLOCK_TOKENS = 128
+"""vLLM's default KV block on the CPU."""
+PYTHON_VARIABLE = "SLUICE_VLLM_PYTHON"
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; 1.3 GB resident per engine
+    "OMP_NUM_THREADS": "1",  # several engines share few cores
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "UCX_TLS": "tcp,shm,self,sysv,posix,cma",
+    "UCX_NET_DEVICES": "lo",
+}
+READY_POLL_S = 0.25
+LOG_LINES_SHOWN = 30
+KV_ROLES = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer"}
+
+
+class EngineStartFailed(GatewayError):
+    """A vLLM process ended, or did not answer in time, before it was ready."""
+
+    kind = "engine_start_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What one engine is started as. Role BOTH is a plain engine without a KV connector."""
+
+    name: str
+    role: Role = Role.BOTH
+    kv_load_failure_policy: str = "fail"
+    """What a decode engine does when KV cannot be loaded: `fail` the request or `recompute` the prompt."""
+    publishes_kv_events: bool = False
+
+
+def find_engine_python(environ: Mapping[str, str], root: Path) -> Path | None:
+    """The interpreter that has vLLM: the one `SLUICE_VLLM_PYTHON` names, else `.venv-vllm` under root, else None."""
+    named = environ.get(PYTHON_VARIABLE)
+    candidate = Path(named) if named else root / ".venv-vllm" / "bin" / "python"
+    return candidate if candidate.exists() else None
+
+
+def make_model(python: Path, directory: Path) -> Path:
+    """The directory with the tiny model in it, written by the engine's interpreter unless it is already there (5 s)."""
+    if not (directory / "model.safetensors").exists():
+        script = Path(__file__).with_name("tiny_model.py")
+        made = subprocess.run([python, script, directory], capture_output=True, text=True, check=False)
+        if made.returncode != 0:
+            raise EngineStartFailed(f"the tiny model could not be made: {made.stderr[-2000:]}")
+    return directory
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct TCP ports of the loopback interface that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def shared_memory_files(group: int) -> list[Path]:
+    """The files in /dev/shm that processes of the group have mapped: nobody removes them after a SIGKILL."""
+    inodes = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(process.name)) == group:
+                mapped = (process / "maps").read_text()
+                inodes |= {int(line.split()[4]) for line in mapped.splitlines() if "/dev/shm/" in line}
+        except OSError:
+            continue  # ended meanwhile, or another user's
+    # By inode, for a semaphore is mapped under a temporary name.
+    return [file for file in Path("/dev/shm").iterdir() if file.stat().st_ino in inodes]
+
+
+class VllmEngine:
+    """One vLLM process and its ports, which stay the same over restarts."""
+
+    def __init__(self, spec: EngineSpec, python: Path, model: Path, log_path: Path) -> None:
+        self.spec = spec
+        self.log_path = log_path
+        self.port, self._side_channel_port, self.kv_events_port = free_ports(3)
+        self._python = python
+        self._model = model
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def url(self) -> str:
+        """Base URL of the engine's HTTP server."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process was started and has not ended."""
+        return self._process is not None and self._process.returncode is None
+
+    def command(self) -> list[str]:
+        """The command line that starts the engine."""
+        command = [str(self._python), "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", self._model.name, "--served-model-name", MODEL]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", str(MAX_MODEL_TOKENS)]
+        command += ["--enforce-eager", "--enable-prefix-caching", "--enable-prompt-tokens-details"]
+        if self.spec.role in KV_ROLES:
+            command += ["--kv-transfer-config", json.dumps(self._kv_transfer_config())]
+        if self.spec.publishes_kv_events:
+            command += ["--kv-events-config", json.dumps(self._kv_events_config())]
+        return command
+
+    def _kv_transfer_config(self) -> dict[str, str]:
+        return {
+            "kv_connector": "NixlConnector",
+            "kv_role": KV_ROLES[self.spec.role],
+            "kv_buffer_device": "cpu",
+            "kv_load_failure_policy": self.spec.kv_load_failure_policy,
+        }
+
+    def _kv_events_config(self) -> dict[str, object]:
+        # With a concrete address in place of the star vLLM connects instead of binding.
+        endpoint = f"tcp://*:{self.kv_events_port}"
+        return {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
+
+    async def start(self, ready_timeout_s: float) -> None:
+        """Start the process and wait until it serves. Raises EngineStartFailed with the end of its log."""
+        environment = {**os.environ, **ENVIRONMENT, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(self._side_channel_port)}
+        with self.log_path.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, str(Path(__file__).with_name("leash.py")), *self.command()),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=log,
+                stderr=asyncio.subprocess.STDOUT,
+                env=environment,
+                cwd=self._model.parent,
+            )
+        try:
+            await asyncio.wait_for(self._wait_ready(), ready_timeout_s)
+        except TimeoutError:
+            raise self._start_failure(f"was not ready within {ready_timeout_s:g} s") from None
+
+    async def _wait_ready(self) -> None:
+        async with aiohttp.ClientSession() as session:
+            while self.is_running:
+                try:
+                    async with session.get(f"{self.url}/health") as response:
+                        if response.status == 200:
+                            return
+                except aiohttp.ClientError:
+                    pass
+                await asyncio.sleep(READY_POLL_S)
+        raise self._start_failure("ended before it was ready")
+
+    def _start_failure(self, what: str) -> EngineStartFailed:
+        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+        return EngineStartFailed("\n".join([f"engine {self.spec.name} {what}; its log ends:", *lines]))
+
+    async def kill(self) -> None:
+        """End the engine as a crash would: SIGKILL to all its processes at once."""
+        if self._process is not None and self.is_running:
+            left_behind = shared_memory_files(self._process.pid)
+            os.killpg(self._process.pid, signal.SIGKILL)
+            await self._process.wait()
+            for file in left_behind:
+                file.unlink(missing_ok=True)
+
+    async def stop(self) -> None:
+        """End the engine as an operator would, and wait until all its processes are gone."""
+        if self._process is not None and self.is_running:
+            self._process.terminate()
+            await self._process.wait()
+
+
+class VllmFleet:
+    """Several engines started side by side, gone when the `async with` ends. Iterates over its engines."""
+
+    def __init__(
+        self, python: Path, specs: Sequence[EngineSpec], directory: Path, *, ready_timeout_s: float = 300.0
+    ) -> None:
+        """`directory` takes the model and the logs.
+
+        `ready_timeout_s` > 0: on two cores vLLM needs 20 s alone and some 70 s for four side by side.
+        """
+        self._python = python
+        self._ready_timeout_s = ready_timeout_s
+        model = directory / "model"
+        self._model = model
+        self._engines = {spec.name: VllmEngine(spec, python, model, directory / f"{spec.name}.log") for spec in specs}
+
+    def __getitem__(self, name: str) -> VllmEngine:
+        return self._engines[name]
+
+    def __iter__(self) -> Iterator[VllmEngine]:
+        return iter(self._engines.values())
+
+    def urls(self, role: Role) -> list[str]:
+        """Base URLs of the engines of that role."""
+        return [engine.url for engine in self if engine.spec.role is role]
+
+    async def __aenter__(self) -> Self:
+        await asyncio.to_thread(make_model, self._python, self._model)
+        try:
+            await self.start_missing()
+        except BaseException:
+            await self._stop_all()
+            raise
+        return self
+
+    async def start_missing(self) -> None:
+        """Start those engines that do not run, all at once, and wait until each serves."""
+        missing = [engine for engine in self if not engine.is_running]
+        failures = await asyncio.gather(
+            *(each.start(self._ready_timeout_s) for each in missing), return_exceptions=True
+        )
+        for failure in failures:
+            if isinstance(failure, BaseException):
+                raise failure
+
+    async def _stop_all(self) -> None:
+        await asyncio.gather(*(engine.stop() for engine in self))
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stop_all()
