@@ -129,7 +129,10 @@ HORRORS = [
     ("[engine_client]\nconnect_timeout_s = 90", "engine_client.connect_timeout_s: 90.0 is over first_event_timeout_s"),
     ("[watch]\nreport_stale_s = 0.5", "watch.report_stale_s: 0.5 must be over report_interval_s (0.5)"),
     ("[server]\nhost = ''", "server.host: expected a string of 1 to 256 characters"),
-    ("[server]\nprot = 1", "server.prot: unknown key; did you mean port? [server] knows backlog, body_timeout_s, host, "),
+    (
+        "[server]\nprot = 1",
+        "server.prot: unknown key; did you mean port? [server] knows backlog, body_timeout_s, ",
+    ),
     ("[severs]", "severs: unknown key; did you mean server? the top level knows admission, "),
     ('["a\\nb"]', '"a\\nb": unknown key; the top level knows '),
     ("server = 1", "server: expected a table, got 1"),
@@ -210,7 +213,8 @@ values = st.sampled_from(
 def test_any_value_anywhere_is_settings_or_a_refusal_that_names_the_key(key, value):
     result = loaded(f"[{key[0]}]\n{key[1]} = {value}", {"A": "a\nb"})
     if isinstance(result, str):
-        assert result.startswith(".".join(key))
+        assert result.startswith(key[0])
+        assert key[1] in result
     else:
         assert load(render(result), {}) == result
 

@@ -52,7 +52,14 @@ def test_there_is_no_difference_between_equal_lists():
 
 def test_static_engines_carry_their_settings_and_leave_names_to_dns():
     (found,) = static_engines(load(STATIC + 'role = "both"\npool = "x"\nconnector = "mooncake"\n' + DNS, {}))
-    expected = Engine(id="10.0.0.1:8000", url="http://10.0.0.1:8000", role=Role.BOTH, pool="x", connector="mooncake")
+    expected = Engine(
+        id="10.0.0.1:8000",
+        url="http://10.0.0.1:8000",
+        role=Role.BOTH,
+        pool="x",
+        connector="mooncake",
+        max_in_flight=256,
+    )
     assert found == expected
 
 

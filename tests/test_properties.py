@@ -50,9 +50,7 @@ class SchedulerUnderFire(RuleBasedStateMachine):
     @rule(target=requests, tokens=st.integers(1, 5000), can_hand_off=st.booleans())
     def arrive(self, tokens: int, can_hand_off: bool) -> str:
         self.count += 1
-        request = a_request(
-            f"r{self.count}", arrived_at=self.now, prompt_tokens=tokens, can_hand_off=can_hand_off
-        )
+        request = a_request(f"r{self.count}", arrived_at=self.now, prompt_tokens=tokens, can_hand_off=can_hand_off)
         self.take(self.scheduler.decide(request, now=self.now))
         return request.id
 

@@ -125,6 +125,8 @@ class Scheduler:
         until_at = request.arrived_at + self.limits.max_wait_s
         if until_at <= now:
             return self._refuse(request, RejectReason.WAITED_TOO_LONG, "its time to wait is over")
+        if not self._waiting:
+            self._room_at = None  # what changed before was seen by this very attempt
         self._waiting.add(request, until_at)
         return Wait(request.id, WaitReason.ENGINES_FULL, until_at)
 
