@@ -18,14 +18,15 @@ from typing import cast
 
 from aiohttp import web
 
+from adapters.answers import refusal, usage
 from adapters.base import Cause
-from adapters.openai import error_body
-from adapters.sse import EventCounter
-from gateway.core.errors import MalformedEngineData
+from adapters.sse import MAX_EVENT_BYTES, EventCounter
+from gateway.core.errors import EngineUnavailable, MalformedEngineData
 from gateway.core.gaps import GapHistogram
 from gateway.dispatch import StreamEnd
 from gateway.engine_call import EngineCall
 
+BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 PROGRESS_EVENTS = 32
 """Events between two words to the scheduler: it wants to know how far a decode is, not each step of it."""
 
@@ -63,10 +64,11 @@ class StreamRelay:
         self._pieces: list[bytes] = []
         self._tail = b""
         """The beginning of an event whose end has not come yet."""
-        self._last_at = self._loop.time()
+        self._heard_at = self._event_at = self._loop.time()
+        self._events = 0
         self._reported_events = 0
         self._failure: str | None = None
-        self._is_over = False
+        self._is_ended = False
         self._turn: asyncio.Future[Turn] = self._loop.create_future()
         self._idle_timer = self._loop.call_later(idle_timeout_s, self._check_idle)
 
@@ -77,12 +79,12 @@ class StreamRelay:
             self._is_chunked = bool(response.chunked)
             await self._send_first(response)
             self._call.relay_to(self)
-            while not self._is_over:
+            while not self._is_ended or self._turn.done():
                 await self._next_turn()
         finally:
             self._idle_timer.cancel()
         if self._failure is not None:
-            await response.write(b"data: " + error_body(self._failure, kind="engine_error", code=502) + b"\n\n")
+            await response.write(b"data: " + refusal(EngineUnavailable(self._failure)) + b"\n\n")
         return self._end()
 
     async def _send_first(self, response: web.StreamResponse) -> None:
@@ -93,17 +95,14 @@ class StreamRelay:
     async def _next_turn(self) -> None:
         turn = await self._turn
         self._turn = self._loop.create_future()
-        match turn:
-            case Turn.CLIENT_IS_SLOW:
-                await self._request.writer.drain()
-                self._last_at = self._loop.time()
-                self._call.resume()
-            case Turn.ENGINE_IS_SILENT:
-                self._call.close()
-                self._is_over = True
-                self._failure = f"the engine sent nothing for {self._idle_timeout_s:g} s"
-            case Turn.ENDED:
-                self._is_over = True
+        if turn is Turn.CLIENT_IS_SLOW:
+            await self._request.writer.drain()
+            self._heard_at = self._event_at = self._loop.time()  # the pause was the client's, not the engine's
+            self._call.resume()
+        elif turn is Turn.ENGINE_IS_SILENT:
+            self._call.close()
+            self._failure = f"the engine sent nothing for {self._idle_timeout_s:g} s"
+            self._is_ended = True
 
     # ---- BodySink: called from the engine connection ----------------------------------------------------------------
 
@@ -124,46 +123,49 @@ class StreamRelay:
             self._wake(Turn.CLIENT_IS_SLOW)
 
     def end(self) -> None:
-        is_cut = bool(self._tail) or (self._expects_done and not self._counter.is_done)
-        if is_cut:
-            self._failure = "the engine's stream ended early"
-        self._finish()
+        is_complete = self._counter.is_done or self._counter.is_error or not self._expects_done
+        if is_complete and not self._tail:
+            self._wake(Turn.ENDED)
+        else:
+            self._fail("the engine's stream ended early")
 
     def broken(self, cause: Cause, detail: str) -> None:
-        self._failure = f"the engine's stream broke: {detail}"
-        self._finish()
+        self._fail(f"the engine's stream broke: {detail}")
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _take_whole(self, data: bytes) -> bytes:
         """The whole events in `data` and what was left before it; the rest is kept. Counts and times the events."""
+        self._heard_at = self._loop.time()
         if self._tail:
-            data = self._tail + data
-            self._tail = b""
+            data, self._tail = self._tail + data, b""
         if not data.endswith(b"\n\n"):
-            cut = self._counter.boundary(data)
+            cut = last_boundary(data)
             data, self._tail = data[:cut], data[cut:]
-        if not data:
-            return data
         try:
-            events = self._counter.feed(data)
+            if len(self._tail) > MAX_EVENT_BYTES:
+                raise MalformedEngineData(f"the engine sent an event of more than {MAX_EVENT_BYTES} bytes")
+            events = self._counter.feed(data) if data else 0
         except MalformedEngineData as error:
-            self._failure = error.message
             self._call.close()
-            self._finish()
+            self._fail(error.message)
             return b""
-        now = self._loop.time()
-        if events and self._counter.events > events:
-            self._gaps.add(now - self._last_at, events)
-        self._last_at = now
-        if self._counter.events - self._reported_events >= PROGRESS_EVENTS:
-            self._reported_events = self._counter.events
-            self._on_progress(self._counter.events)
+        if events:
+            self._take_time(events)
         return data
+
+    def _take_time(self, events: int) -> None:
+        if self._events:
+            self._gaps.add(self._heard_at - self._event_at, events)
+        self._event_at = self._heard_at
+        self._events += events
+        if self._events - self._reported_events >= PROGRESS_EVENTS:
+            self._reported_events = self._events
+            self._on_progress(self._events)
 
     def _check_idle(self) -> None:
         """Runs about once per limit, not per chunk: looks how long ago the last bytes came."""
-        silent_s = self._loop.time() - self._last_at
+        silent_s = self._loop.time() - self._heard_at
         is_paused = self._request.protocol.writing_paused
         if silent_s >= self._idle_timeout_s and not is_paused:
             self._wake(Turn.ENGINE_IS_SILENT)
@@ -171,22 +173,30 @@ class StreamRelay:
         left_s = self._idle_timeout_s if is_paused else self._idle_timeout_s - silent_s
         self._idle_timer = self._loop.call_later(left_s, self._check_idle)
 
-    def _finish(self) -> None:
-        if not self._turn.done():
-            self._turn.set_result(Turn.ENDED)
-        self._is_over = True
+    def _fail(self, failure: str) -> None:
+        self._failure = failure
+        self._wake(Turn.ENDED)
 
     def _wake(self, turn: Turn) -> None:
+        """Wakes the coroutine. An end that comes while it waits for a slow client is seen when it is done with that."""
+        if turn is Turn.ENDED:
+            self._is_ended = True
         if not self._turn.done():
             self._turn.set_result(turn)
 
     def _end(self) -> StreamEnd:
-        usage = self._counter.usage()
-        counted = self._counter.events - 1 if self._counter.is_done else self._counter.events
+        told = usage(self._counter.last_data)
+        is_counted = told is None or told.output_tokens is None
         return StreamEnd(
-            output_tokens=usage.output_tokens if usage and usage.output_tokens is not None else counted,
-            prompt_tokens=usage.prompt_tokens if usage else None,
-            cached_tokens=usage.cached_tokens if usage else None,
+            output_tokens=self._events if is_counted else told.output_tokens,
+            prompt_tokens=told.prompt_tokens if told else None,
+            cached_tokens=told.cached_tokens if told else None,
             tbt_s=self._gaps.slow_mean_s,
-            failure=self._failure,
+            failure=self._failure or ("the engine reported an error" if self._counter.is_error else None),
         )
+
+
+def last_boundary(data: bytes) -> int:
+    """Where the last whole event of `data` ends: the offset after its blank line, 0 when there is none."""
+    ends = (data.rfind(separator) + len(separator) for separator in BLANK_LINES if separator in data)
+    return max(ends, default=0)
