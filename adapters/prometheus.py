@@ -15,7 +15,8 @@ from gateway.core.errors import MalformedEngineData
 
 _LABEL: Final = re.compile(r'\s*([a-zA-Z_][a-zA-Z0-9_]*)\s*=\s*"((?:[^"\\\n]|\\.)*)"\s*(?:,|(?=}))')
 # After the labels: a value, then an optional time stamp and an optional OpenMetrics exemplar, which are not wanted.
-_VALUE: Final = re.compile(r"[ \t]+([^\s#]+)(?:[ \t]+-?[0-9.]+)?[ \t]*(?:#.*)?")
+_VALUE: Final = re.compile(r"[ \t]+([^\s#_]+)(?:[ \t]+-?[0-9.]+)?[ \t]*(?:#.*)?")
+_CLOSE: Final = re.compile(r"\s*}")
 _ESCAPE: Final = re.compile(r"\\(.)")
 _ESCAPED: Final = {"n": "\n", '"': '"', "\\": "\\"}
 
@@ -75,7 +76,7 @@ def _labels(rest: str) -> tuple[dict[str, str], int]:
     while found := _LABEL.match(rest, at):
         labels[found[1]] = _ESCAPE.sub(lambda escape: _ESCAPED.get(escape[1], escape[0]), found[2])
         at = found.end()
-    close = re.compile(r"\s*}").match(rest, at)
+    close = _CLOSE.match(rest, at)
     if close is None:
         raise MalformedEngineData("A metric's labels are not well-formed.")
     return labels, close.end()

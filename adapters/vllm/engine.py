@@ -10,9 +10,10 @@ Source: vllm 0.32.0, v1/metrics/loggers.py and entrypoints/openai/models/protoco
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeAlias
 
 import msgspec
 from msgspec import Meta, Struct
@@ -31,6 +32,9 @@ PREFIX_QUERIES: Final = "vllm:prefix_cache_queries_total"
 PREEMPTIONS: Final = "vllm:num_preemptions_total"
 CACHE_CONFIG: Final = "vllm:cache_config_info"
 
+_Cache: TypeAlias = tuple[int | None, int | None]
+"""(tokens per KV block, KV blocks) of one engine core; None where it does not say."""
+
 _WANTED: Final = (RUNNING, WAITING, KV_USAGE, PREFIX_HITS, PREFIX_QUERIES, PREEMPTIONS, CACHE_CONFIG)
 
 
@@ -39,8 +43,6 @@ def parse_report(body: bytes) -> Facts:
     found: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples(body, _WANTED):
         found[sample.name].append(sample)
-    if RUNNING not in found or WAITING not in found:
-        raise MalformedEngineData(f"The metrics lack {RUNNING} or {WAITING}.")
     blocks = {sample.labels.get("engine", "0"): _cache(sample.labels) for sample in found[CACHE_CONFIG]}
     report = Report(
         running_count=_required(found, RUNNING),
@@ -79,36 +81,41 @@ def parse_models(body: bytes) -> Facts:
 def _total(found: Mapping[str, list[Sample]], name: str) -> int | None:
     """The sum over engine cores; None when there is no such sample."""
     values = [sample.value for sample in found.get(name, ())]
-    if not all(math.isfinite(value) and value >= 0 for value in values):
+    total = sum(values)
+    if not math.isfinite(total) or any(value < 0 for value in values):
         raise MalformedEngineData(f"The metric {name} is not a count.")
-    return round(sum(values)) if values else None
+    return round(total) if values else None
 
 
 def _required(found: Mapping[str, list[Sample]], name: str) -> int:
     total = _total(found, name)
-    assert total is not None, name
+    if total is None:
+        raise MalformedEngineData(f"The metrics lack {name}.")
     return total
 
 
-def _cache(labels: Mapping[str, str]) -> tuple[int | None, int | None]:
-    """(tokens per block, blocks) of one engine core; None where the label is no number ("None" before profiling)."""
-    size, count = (labels.get(name, "") for name in ("block_size", "num_gpu_blocks"))
-    return int(size) if size.isdecimal() else None, int(count) if count.isdecimal() else None
+def _cache(labels: Mapping[str, str]) -> _Cache:
+    return _number(labels.get("block_size", "")), _number(labels.get("num_gpu_blocks", ""))
 
 
-def _block_tokens(blocks: Mapping[str, tuple[int | None, int | None]]) -> int | None:
+def _number(label: str) -> int | None:
+    """A positive count; None for what is none ("None" stands there before the engine has measured its memory)."""
+    return int(label) or None if re.fullmatch(r"[0-9]{1,18}", label) else None
+
+
+def _block_tokens(blocks: Mapping[str, _Cache]) -> int | None:
     """The block size that all engine cores share, else None."""
     sizes = {size for size, _ in blocks.values()}
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _capacity(blocks: Mapping[str, tuple[int | None, int | None]]) -> int | None:
+def _capacity(blocks: Mapping[str, _Cache]) -> int | None:
     """KV tokens that fit in all engine cores together; None when one does not say."""
     sizes = [size * count for size, count in blocks.values() if size and count]
     return sum(sizes) if sizes and len(sizes) == len(blocks) else None
 
 
-def _kv_usage(usages: list[Sample], blocks: Mapping[str, tuple[int | None, int | None]]) -> float | None:
+def _kv_usage(usages: list[Sample], blocks: Mapping[str, _Cache]) -> float | None:
     """Mean usage weighted by each core's blocks, 0 <= ratio <= 1; equal weights where those are not known."""
     values = [sample.value for sample in usages]
     if not values or any(math.isnan(value) for value in values):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from adapters.openai import CHAT, COMPLETIONS, parse
 from gateway.core.errors import BadRequest
+from tests.adapters.transcripts import VLLM
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -152,6 +153,15 @@ def test_a_route_that_is_passed_through_needs_only_an_object():
     assert (request.model, request.can_hand_off, request.body) == (None, False, {"prompt": "hello"})
     assert parse("/v1/responses", b'{"model":"m","max_output_tokens":5}', request_id="r").max_output_tokens == 5
     assert parse("/v1/messages", b'{"model":"m","max_tokens":"?"}', request_id="r").max_output_tokens is None
+
+
+def test_what_a_real_engine_served_is_accepted():
+    recorded = msgspec.json.decode((VLLM / "exchanges.json").read_bytes()).values()
+    served = [one for one in recorded if one["status"] == 200 and one["request"] and one["path"] in (CHAT, COMPLETIONS)]
+    assert len(served) > 9
+    for one in served:
+        kept = {name: value for name, value in one["request"].items() if name != "kv_transfer_params"}
+        assert parse(one["path"], msgspec.json.encode(one["request"]), request_id="r").body == kept
 
 
 _SCALARS = st.sampled_from([None, True, False, -1, 0, 1, 2**63, 2**70, 1.5, -0.0, "", "a", "\x00", "\U0001f600"])
