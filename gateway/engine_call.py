@@ -1,7 +1,8 @@
 """One HTTP call to an engine: sends it, reports the first thing that matters, then hands the rest to whoever relays.
 
-Before the commit it is cautious: bytes are held back until the first data event of a 200 stream, or the whole answer,
-is there (engine-protocols section 0 rule 6: a 200 head proves nothing). After the commit it is a pipe.
+Before the commit it is cautious: bytes are held back, and each data event of a 200 stream is reported until the
+Exchange commits; any other answer is reported when it is whole. A 200 head proves nothing: both engines can fail
+afterwards, as an error event. After the commit it is a pipe.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapters.base import Answered, Broken, Call, Cause, FirstEvent, Happening
+from adapters.base import Answered, Broken, Call, Cause, Happening, HeadEvent
 from adapters.sse import first_event
 from gateway.core.errors import MalformedEngineData
 from gateway.upstream import ConnectionPool, EngineConnection
@@ -52,7 +53,7 @@ class StaleConnection:
 
 
 class EngineCall:
-    """A ResponseSink for one `Call`. Reports one Happening through `report`, unless it is closed first."""
+    """A ResponseSink for one `Call`. Reports events of a stream, then one ending, until it is closed or relayed."""
 
     def __init__(
         self,
@@ -69,6 +70,8 @@ class EngineCall:
         self._report = report
         self._connection: EngineConnection | None = None
         self._held = bytearray()
+        self._seen = 0
+        """How much of `_held` has been reported."""
         self._relay: BodySink | None = None
         self._is_reported = self._is_closed = self._is_ended = False
         self._ending: tuple[Cause, str] | None = None
@@ -102,6 +105,7 @@ class EngineCall:
 
     def relay_to(self, sink: BodySink) -> None:
         """Commits: held-back bytes go to `sink` now, everything after goes there as it arrives."""
+        self._stop_timer()
         self._relay = sink
         if held := self.take_held():
             sink.data(held)
@@ -172,14 +176,14 @@ class EngineCall:
             self._tell(Broken(self.call.leg, Cause.TOO_LARGE, f"answer over {limit_bytes} bytes"))
             self.close()
         elif self.is_stream and not self._is_reported:
-            self._look_for_first_event()
+            self._report_events()
 
     def end(self) -> None:
         self._is_ended = True
         if self._relay is not None:
             self._relay.end()
         elif self.is_stream and not self._is_reported:
-            self._tell(Broken(self.call.leg, Cause.LOST, "the stream ended before its first event"))
+            self._tell(Broken(self.call.leg, Cause.LOST, "the stream ended before its first token"))
         elif not self._is_reported:
             self._tell(Answered(self.call.leg, self.status, bytes(self._held), self.content_type))
 
@@ -208,15 +212,18 @@ class EngineCall:
     def content_type(self) -> str:
         return self.headers.get(b"content-type", b"application/octet-stream").decode("latin-1")
 
-    def _look_for_first_event(self) -> None:
+    def _report_events(self) -> None:
+        """Reports the whole events that were held back since the last look."""
         try:
-            data, _ = first_event(bytes(self._held))
+            while not self._is_closed:
+                data, size = first_event(bytes(self._held[self._seen :]))
+                if data is None:
+                    return
+                self._seen += size
+                self._report(HeadEvent(self.call.leg, data))
         except MalformedEngineData as error:
             self._tell(Broken(self.call.leg, Cause.GARBAGE, error.message))
             self.close()
-            return
-        if data is not None:
-            self._tell(FirstEvent(self.call.leg, data))
 
     def _tell(self, happening: Happening) -> None:
         self._stop_timer()

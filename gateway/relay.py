@@ -18,7 +18,7 @@ from typing import cast
 
 from aiohttp import web
 
-from adapters.answers import refusal, usage
+from adapters.answers import Usage, refusal, usage
 from adapters.base import Cause
 from adapters.sse import MAX_EVENT_BYTES, EventCounter
 from gateway.core.errors import EngineUnavailable, MalformedEngineData
@@ -185,12 +185,11 @@ class StreamRelay:
             self._turn.set_result(turn)
 
     def _end(self) -> StreamEnd:
-        told = usage(self._counter.last_data)
-        is_counted = told is None or told.output_tokens is None
+        told = usage(self._counter.last_data) or Usage()
         return StreamEnd(
-            output_tokens=self._events if is_counted else told.output_tokens,
-            prompt_tokens=told.prompt_tokens if told else None,
-            cached_tokens=told.cached_tokens if told else None,
+            output_tokens=self._events if told.output_tokens is None else told.output_tokens,
+            prompt_tokens=told.prompt_tokens,
+            cached_tokens=told.cached_tokens,
             tbt_s=self._gaps.slow_mean_s,
             failure=self._failure or ("the engine reported an error" if self._counter.is_error else None),
         )

@@ -138,13 +138,13 @@ class Watch:
         known = self._driver.engine(engine_id)
         if known is None:
             return
-        told = {
-            "models": facts.models,
-            "block_tokens": facts.block_tokens,
-            "kv_capacity_tokens": facts.kv_capacity_tokens,
-            "max_model_tokens": facts.max_model_tokens,
-        }
-        learnt = replace(known, **{name: value for name, value in told.items() if value is not None})
+        learnt = replace(
+            known,
+            models=known.models if facts.models is None else facts.models,
+            block_tokens=facts.block_tokens or known.block_tokens,
+            kv_capacity_tokens=facts.kv_capacity_tokens or known.kv_capacity_tokens,
+            max_model_tokens=facts.max_model_tokens or known.max_model_tokens,
+        )
         if learnt != known:
             self._driver.apply(EngineFound(learnt))
 
