@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gateway.core.errors import ConfigError
 from gateway.core.interfaces import DecodeOutcome, Estimator, HandOffOutcome, Predictor, PrefillOutcome
 from gateway.core.types import Engine, Role
 from predictors.hand_off import HandOffTimes
@@ -51,6 +52,11 @@ class Online:
     """How many outcomes an engine's coefficients remember; its speed of the moment follows the last few."""
     max_engines: int = 1024
     max_pairs: int = 4096
+
+    def __post_init__(self) -> None:
+        for key, least in (("window_outcomes", 10), ("max_engines", 1), ("max_pairs", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"online.{key}: must be at least {least}, not {getattr(self, key)}")
 
     def start(self) -> OnlineEstimator:
         """A fresh estimator that has seen nothing."""
