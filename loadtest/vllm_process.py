@@ -195,6 +195,20 @@ class VllmEngine:
             for file in left_behind:
                 file.unlink(missing_ok=True)
 
+    def freeze(self) -> None:
+        """Stop all the engine's processes in their tracks: connections are still accepted, nothing is answered."""
+        if self._process is not None and self.is_running:
+            os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def unread_bytes(self) -> int:
+        """Bytes sent to the engine's HTTP port that it has not read yet."""
+        total = 0
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            _, local, _, _, queues, *_ = line.split()
+            if int(local.partition(":")[2], 16) == self.port:
+                total += int(queues.partition(":")[2], 16)
+        return total
+
     async def stop(self) -> None:
         """End the engine as an operator would, and wait until all its processes are gone."""
         if self._process is not None and self.is_running:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import tempfile
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +67,13 @@ class Recorded:
     """None is a GET; bytes are sent as they are."""
     headers: dict[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
 
+    def send(self, session: aiohttp.ClientSession, url: str) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """The request under way to the engine at the base URL."""
+        if self.body is None:
+            return session.get(url + self.path)
+        data = self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
+        return session.post(url + self.path, data=data, headers=self.headers)
+
 
 GOOD = [
     Recorded("models.json", "p0", "/v1/models"),
@@ -121,20 +129,13 @@ class Recorder:
 
     async def record(self, recorded: Recorded) -> bytes:
         """Send the request, write the answer's body to its file and return it."""
-        url = self._fleet[recorded.engine].url + recorded.path
-        body = recorded.body
-        if body is None:
-            request = self._session.get(url)
-        else:
-            data = body if isinstance(body, bytes) else json.dumps(body).encode()
-            request = self._session.post(url, data=data, headers=recorded.headers)
-        async with request as response:
+        async with recorded.send(self._session, self._fleet[recorded.engine].url) as response:
             answer = await response.read()
             self._exchanges[recorded.file] = {
                 "engine": recorded.engine,
                 "method": response.method,
                 "path": recorded.path,
-                "request": shortened(body),
+                "request": shortened(recorded.body),
                 "status": response.status,
                 "headers": dict(response.headers),
             }
