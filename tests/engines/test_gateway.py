@@ -1,4 +1,4 @@
-"""The gateway in front of real engines: the same answers as a single engine, whatever is killed or hung up meanwhile."""
+"""The gateway in front of real engines: the answers of a single engine, whatever is killed or hung up meanwhile."""
 
 from __future__ import annotations
 
