@@ -104,6 +104,11 @@ class Engine:
         """Forgets every cached prefix; False (and nothing done) while any block is in use."""
         return self._cache.clear()
 
+    def stall(self, duration_s: float) -> None:
+        """The engine stood still for that long: the step under way ends that much later."""
+        if self._run is not None:
+            self._run.started_at += duration_s
+
     # ---- time --------------------------------------------------------------------------------------------------------
 
     def next_step_at(self) -> float | None:
@@ -330,6 +335,7 @@ class Engine:
     def _count_prompt(self, sequence: Sequence) -> None:
         total = sequence.request.prompt_tokens
         self.counters.prompt_tokens += total
+        self.counters.fetched_prompt_tokens += sequence.fetched_tokens
         self.counters.computed_prompt_tokens += total - sequence.cached_tokens - sequence.fetched_tokens
 
     def _retire(self, told: list[Sequence], at: float, out: list[Outcome]) -> None:

@@ -221,6 +221,7 @@ class Counters:
     external_hit_tokens: int = 0
     prompt_tokens: int = 0
     computed_prompt_tokens: int = 0
+    fetched_prompt_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
     steps: int = 0

@@ -119,9 +119,7 @@ class Fetches:
     def _find(self, remote: RemoteKv | None) -> KvSource | None:
         if remote is None or not remote.is_complete:
             return None
-        assert remote.engine_id is not None, "complete"
-        assert remote.host is not None and remote.port is not None, "complete"
-        return self._fabric.find(remote.engine_id, remote.host, remote.port)
+        return self._fabric.find(remote.engine_id or "", remote.host or "", remote.port or 0)
 
 
 def _can_heartbeat(remote: RemoteKv | None) -> TypeGuard[RemoteKv]:
