@@ -34,6 +34,7 @@ from gateway.plugins import plug_in
 from gateway.policies import POLICIES
 from gateway.prompt_length import PromptLength
 from gateway.server import Server
+from gateway.tasks import beside
 from gateway.watch import Watch, WatchLimits
 from predictors import PREDICTORS, predictor
 
@@ -134,13 +135,11 @@ async def running(config: Config) -> AsyncIterator[Gateway]:
     )
     try:
         url = await listen(runner, config)
-        async with asyncio.TaskGroup() as group:
-            watching = group.create_task(watch.run(directory.follow()))
+        async with beside(watch.run(directory.follow())):
             try:
                 yield Gateway(url, driver, directory)
             finally:
                 await runner.cleanup()
-                watching.cancel()
     finally:
         await runner.cleanup()
         engines.close()
@@ -179,8 +178,5 @@ async def serve_until_stopped(config: Config) -> None:
 def serve(config: Config) -> int:
     """Runs the gateway until it is stopped; returns the exit code. Raises ConfigError."""
     logs.configure(config.log)
-    try:
-        uvloop.run(serve_until_stopped(config))
-    except* ConfigError as errors:
-        raise errors.exceptions[0] from None
+    uvloop.run(serve_until_stopped(config))
     return 0

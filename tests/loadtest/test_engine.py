@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 from dataclasses import replace
 
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from gateway.core.errors import BadRequest, ConfigError
 from loadtest.engine import Engine
 from loadtest.engine_types import (
-    Crashed,
     EngineRequest,
     EngineSettings,
-    Finished,
-    FinishReason,
-    LeaseExpired,
-    LoadFailure,
     Outcome,
-    Preempted,
-    PrefillFinished,
-    RemoteKv,
-    Tokens,
-    TransferFailed,
-    TransferFinished,
 )
 from loadtest.fabric import Fabric
-from loadtest.kv_cache import BlockRemoved, BlockStored
 from loadtest.step_times import LinearStepTimes
 
 TIMES = LinearStepTimes()
