@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from itertools import count
 
 import pytest
 from scripted_server import CLOSE, DONE, STREAM_HEAD, Received, Script, answer, event, serve, stream
 
 from loadtest.answer import ErrorKind
-from loadtest.client import ClientRequest, ClientResult, LoadClient, chat_request
+from loadtest.client import AHEAD_COUNT, ClientRequest, ClientResult, LoadClient, chat_request
 from loadtest.report import Status
 
 HELLO = chat_request("hi", model="m")
@@ -178,5 +180,24 @@ async def test_cancelling_a_run_closes_its_connections_and_keeps_what_had_ended(
         with pytest.raises(asyncio.CancelledError):
             await run
         await asyncio.wait_for(is_slow_cut.wait(), 5.0)
+        assert [received.body["model"] for received in server.received] == ["quick", "slow"]
+        assert (await client.send(requests[0])).text == "a"
     assert [result.text for result in ended] == ["a"]
-    assert len(server.received) == 2
+
+
+async def test_a_run_makes_its_requests_only_a_bounded_number_ahead() -> None:
+    made: list[int] = []
+
+    def requests() -> Iterator[ClientRequest]:
+        for number in count():
+            made.append(number)
+            yield chat_request("hi", model="m", due_s=3600.0 if number else 0.0)
+
+    def cancel() -> None:
+        run.cancel()
+
+    async with serve(stream(DONE)) as server, LoadClient(server.url) as client:
+        run = asyncio.create_task(client.run(requests(), lambda _: cancel()))
+        with pytest.raises(asyncio.CancelledError):
+            await run
+    assert AHEAD_COUNT <= len(made) <= AHEAD_COUNT + 1
