@@ -99,6 +99,14 @@ async def test_a_connection_cut_before_the_head_is_lost_and_never_sent_again() -
     assert (result.error, result.status, len(server.received)) == (ErrorKind.LOST, None, 1)
 
 
+async def test_bytes_that_are_not_http_are_malformed() -> None:
+    async def play(_: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+
+    result = await ask(play)
+    assert (result.error, result.status) == (ErrorKind.MALFORMED, None)
+
+
 async def test_a_port_where_nobody_listens_is_a_connect_error() -> None:
     async with serve(answer(200, b"")) as server:
         url = server.url
@@ -111,7 +119,7 @@ async def test_a_body_slower_than_the_limit_is_a_timeout() -> None:
         writer.write(STREAM_HEAD + CLOSE + event("a"))
         await asyncio.Event().wait()
 
-    result = await ask(play, timeout_s=0.05)
+    result = await ask(play, timeout_s=0.3)
     assert (result.error, result.output_tokens) == (ErrorKind.TIMEOUT, 1)
 
 
