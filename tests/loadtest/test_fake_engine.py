@@ -79,8 +79,8 @@ async def metric(http: aiohttp.ClientSession, fake: FakeEngine, name: str, label
 
 async def eventually(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not holds():
-            await asyncio.sleep(0.002)  # noqa: ASYNC110 - the engine under test has no event to wait for
+        while not holds():  # noqa: ASYNC110 - the engine under test has no event to wait for
+            await asyncio.sleep(0.002)
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
