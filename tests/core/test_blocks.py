@@ -3,7 +3,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.core.blocks import Media, chain, hash_content, hash_prompt, root, spread_media
@@ -36,6 +36,7 @@ def test_hashes_do_not_depend_on_the_hash_seed_of_the_process():
     assert len(outputs) == 1
 
 
+@settings(deadline=None)
 @given(token_lists, st.integers(1, 9), st.integers(0, 9))
 def test_a_chain_continued_from_a_parent_equals_the_whole_chain(tokens, block_tokens, cut):
     whole = hash_prompt(np.array(tokens, np.int64), block_tokens)
@@ -45,6 +46,7 @@ def test_a_chain_continued_from_a_parent_equals_the_whole_chain(tokens, block_to
     assert rest.tolist() == whole[cut:].tolist()
 
 
+@settings(deadline=None)
 @given(token_lists, token_lists)
 def test_hashes_agree_exactly_as_far_as_the_prompts_do(a, b):
     x, y = (hash_prompt(np.array(tokens, np.int64), 2) for tokens in (a, b))
