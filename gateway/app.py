@@ -62,6 +62,7 @@ def scheduler_of(config: Config, *, seed: int) -> Scheduler:
             max_attempts=config.admission.max_attempts,
         ),
         rng=random.Random(seed),
+        max_blocks=config.index.max_blocks,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gateway.core.admission import AdmissionLimits, refuse_unservable
 from gateway.core.cluster import Cluster, Reservation
@@ -30,6 +31,7 @@ from gateway.core.events import (
     PrefillDone,
     Progress,
 )
+from gateway.core.index import PrefixIndex
 from gateway.core.interfaces import (
     DecodeOutcome,
     EngineLoad,
@@ -58,8 +60,12 @@ RUNNERS_UP = 3
 class Scheduler:
     """Chooses a prefill and a decode engine for each request, lets it wait, or refuses it at once."""
 
-    def __init__(self, *, policy: Policy, predictor: Predictor, limits: AdmissionLimits, rng: random.Random) -> None:
+    def __init__(
+        self, *, policy: Policy, predictor: Predictor, limits: AdmissionLimits, rng: random.Random, max_blocks: int
+    ) -> None:
+        """Nothing known yet. `max_blocks` >= 1 bounds the prefix index (31 bytes each, taken at once)."""
         self.cluster = Cluster()
+        self.index = PrefixIndex(max_blocks=max_blocks)
         self.limits = limits
         self._chooser = policy.start(rng)
         self._estimator = predictor.start()
@@ -67,6 +73,12 @@ class Scheduler:
         self._finishes = Pace()
         self._room_at: float | None = None
         """When room may have appeared for a waiting request; None: not since the last `wake`."""
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """The KV block sizes in use, in tokens, ascending: the sizes at which prompts are to be hashed."""
+        sizes = {state.engine.block_tokens for state in self.cluster.engines.values()}
+        return tuple(sorted(size for size in sizes if size is not None))
 
     @property
     def waiting_count(self) -> int:
@@ -166,8 +178,20 @@ class Scheduler:
         return pairs
 
     def _estimate(self, request: Request, loads: list[EngineLoad]) -> PairTable:
-        cached_tokens = np.zeros(len(loads), dtype=np.int64)
-        return estimate_pairs(request, loads, self._estimator, cached_tokens)
+        return estimate_pairs(request, loads, self._estimator, self._cached_tokens(request, loads))
+
+    def _cached_tokens(self, request: Request, loads: list[EngineLoad]) -> NDArray[np.int64]:
+        """Prompt tokens that each engine holds, shape (loads,). The last token is always computed: it gives the logits.
+
+        Source: vLLM, v1/core/kv_cache_manager.py: a full hit recomputes the last token.
+        """
+        if not request.block_hashes:
+            return np.zeros(len(loads), dtype=np.int64)
+        match = self.index.match(request.block_hashes)
+        row = {engine_id: number for number, engine_id in enumerate(match.engine_ids)}
+        tokens = match.cached_tokens[[row[load.engine.id] for load in loads]]
+        cached: NDArray[np.int64] = np.minimum(tokens, request.prompt_tokens - 1)
+        return cached
 
     def _refuse(self, request: Request, reason: RejectReason, message: str) -> Reject:
         return Reject(request.id, reason, message, retry_after_s=self._retry_after_s())
@@ -186,9 +210,11 @@ class Scheduler:
         match event:
             case EngineFound(engine):
                 self.cluster.found(engine)
+                self.index.apply(event)
                 self._room_at = now
             case EngineLost(engine_id):
                 self.cluster.lost(engine_id)
+                self.index.apply(event)
                 self._room_at = now
             case EngineHealth(engine_id, health, reason):
                 self.cluster.set_health(engine_id, health, reason)
@@ -209,7 +235,7 @@ class Scheduler:
                 self.cluster.release(request_id, now)
                 self._room_at = now
             case BlocksStored() | BlocksRemoved() | BlocksCleared():
-                pass
+                self.index.apply(event)
 
     def _prefill_done(self, request_id: str, now: float) -> None:
         reservation = self.cluster.prefill_done(request_id, now)
