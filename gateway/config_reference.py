@@ -1,6 +1,7 @@
 """The table of all settings in Markdown, made of the structs and the docstrings under their fields.
 
-`python -m gateway.config_reference` prints it; README.md holds it between two markers, and a test keeps both the same.
+`python -m gateway.config_reference` prints it, with `--write README.md` it goes between that file's two markers; a test
+keeps both the same.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import ast
 import inspect
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 
-from gateway import config
 from gateway.config import Config, EngineSettings
 
 
@@ -52,12 +53,27 @@ def render() -> str:
     parts: list[str] = []
     for name, kind in tables():
         docs = field_docs(kind)
-        rows = [f"| `{field.name}` | {default_of(field)} | {docs[field.name]} |" for field in msgspec.structs.fields(kind)]
+        rows = [
+            f"| `{field.name}` | {default_of(field)} | {docs[field.name]} |" for field in msgspec.structs.fields(kind)
+        ]
         heading = inspect.cleandoc(kind.__doc__ or "").splitlines()[0]
-        parts.append("\n".join([f"**`{name}`** {heading}", "", "| key | default | meaning |", "| --- | --- | --- |", *rows]))
+        parts.append(
+            "\n".join([f"**`{name}`** {heading}", "", "| key | default | meaning |", "| --- | --- | --- |", *rows])
+        )
     return "\n\n".join(parts) + "\n"
 
 
+def insert(text: str) -> str:
+    """The document with the reference between its two markers."""
+    begin, rest = text.split("<!-- settings:", 1)
+    head, rest = rest.split("-->", 1)
+    end = rest[rest.index("<!-- /settings -->") :]
+    return f"{begin}<!-- settings:{head}-->\n\n{render()}\n{end}"
+
+
 if __name__ == "__main__":
-    assert config.__doc__
-    sys.stdout.write(render())
+    if sys.argv[1:2] == ["--write"]:
+        document = Path(sys.argv[2])
+        document.write_text(insert(document.read_text()))
+    else:
+        sys.stdout.write(render())
