@@ -49,6 +49,7 @@ class Gateway:
     url: str
     driver: Driver
     directory: Directory
+    dispatcher: Dispatcher
 
 
 def scheduler_of(config: Config, *, seed: int) -> Scheduler:
@@ -143,7 +144,7 @@ async def running(config: Config) -> AsyncIterator[Gateway]:
         url = await listen(runner, config)
         async with beside(watch.run(directory.follow())):
             try:
-                yield Gateway(url, driver, directory)
+                yield Gateway(url, driver, directory, dispatcher)
             finally:
                 await runner.cleanup()
     finally:
