@@ -103,6 +103,7 @@ async def running(config: Config) -> AsyncIterator[Gateway]:
     limits = CallLimits(
         connect_timeout_s=client.connect_timeout_s,
         first_event_timeout_s=client.first_event_timeout_s,
+        answer_timeout_s=client.answer_timeout_s,
         max_response_bytes=client.max_response_bytes,
     )
     dispatcher = Dispatcher(driver, adapters, engines, limits)

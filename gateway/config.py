@@ -130,6 +130,8 @@ class EngineClientSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Seconds to make a TCP connection."""
     first_event_timeout_s: Seconds = 60.0
     """Seconds from sending a request to its first data event, after which the attempt is a time-out."""
+    answer_timeout_s: Seconds = 600.0
+    """Seconds for an answer that is not streamed, of which nothing is seen until all of it is generated."""
     idle_timeout_s: Seconds = 30.0
     """Longest gap in seconds between two pieces of an answer that the client already receives."""
     keepalive_s: Annotated[float, Meta(gt=0, lt=5)] = 2.5

@@ -114,11 +114,20 @@ class Engines:
 class Attempt:
     """One Exchange under way. `close` hangs up whatever is still open; it may be called at any time, and again."""
 
-    def __init__(self, exchange: Exchange, engines: Engines, limits: CallLimits, on_prefill_done: Callable[[], None]):
+    def __init__(
+        self,
+        exchange: Exchange,
+        engines: Engines,
+        limits: CallLimits,
+        on_prefill_done: Callable[[], None],
+        *,
+        is_stream: bool,
+    ) -> None:
         self._exchange = exchange
         self._engines = engines
         self._limits = limits
         self._on_prefill_done = on_prefill_done
+        self._is_stream = is_stream
         self._calls: dict[Leg, EngineCall] = {}
         self._happenings: asyncio.Queue[Happening | StaleConnection] = asyncio.Queue()
 
@@ -172,7 +181,8 @@ class Attempt:
 
     async def _send(self, call: Call) -> None:
         pool = self._engines.pool(call.engine)
-        engine_call = EngineCall(call, pool, self._limits, self._happenings.put_nowait)
+        is_whole = call.is_answer and not self._is_stream
+        engine_call = EngineCall(call, pool, self._limits, self._happenings.put_nowait, is_whole=is_whole)
         self._calls[call.leg] = engine_call
         await engine_call.send(self._engines.request_head(call))
 
@@ -218,7 +228,13 @@ class Dispatcher:
         if prefill is None or decode is None:  # it left between the decision and this turn of the loop
             return Retry(dispatch.estimate.prefill if prefill is None else dispatch.estimate.decode, "engine_left")
         exchange = self._adapters[decode.adapter].open(payload, prefill, decode)
-        attempt = Attempt(exchange, self._engines, self._limits, lambda: self._driver.apply(PrefillDone(request.id)))
+        attempt = Attempt(
+            exchange,
+            self._engines,
+            self._limits,
+            lambda: self._driver.apply(PrefillDone(request.id)),
+            is_stream=payload.is_stream,
+        )
         self._attempts.add(attempt)
         try:
             result = await attempt.result()

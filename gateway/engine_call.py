@@ -26,6 +26,7 @@ class CallLimits:
 
     connect_timeout_s: float
     first_event_timeout_s: float
+    answer_timeout_s: float
     max_response_bytes: int
 
 
@@ -61,13 +62,17 @@ class EngineCall:
         pool: ConnectionPool,
         limits: CallLimits,
         report: Callable[[Happening | StaleConnection], None],
+        *,
+        is_whole: bool,
     ) -> None:
+        """`is_whole`: nothing of the answer comes before all of it is generated."""
         self.call = call
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self._pool = pool
         self._limits = limits
         self._report = report
+        self._limit_s = limits.answer_timeout_s if is_whole else limits.first_event_timeout_s
         self._connection: EngineConnection | None = None
         self._held = bytearray()
         self._seen = 0
@@ -92,9 +97,8 @@ class EngineCall:
             return
         self._connection = connection
         loop = asyncio.get_running_loop()
-        limit_s = self._limits.first_event_timeout_s
-        self._timer = loop.call_later(limit_s, self._timed_out, limit_s)
-        if self.call.head_within_s is not None and self.call.head_within_s < limit_s:
+        self._timer = loop.call_later(self._limit_s, self._timed_out, self._limit_s)
+        if self.call.head_within_s is not None and self.call.head_within_s < self._limit_s:
             self._head_timer = loop.call_later(self.call.head_within_s, self._timed_out, self.call.head_within_s)
         connection.send(request_head, self.call.body, self)
 

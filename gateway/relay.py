@@ -77,7 +77,7 @@ class StreamRelay:
         try:
             await response.prepare(self._request)
             self._is_chunked = bool(response.chunked)
-            await self._send_first(response)
+            self._request.writer.send_headers()
             self._call.relay_to(self)
             while not self._is_ended or self._turn.done():
                 await self._next_turn()
@@ -86,11 +86,6 @@ class StreamRelay:
         if self._failure is not None:
             await response.write(b"data: " + refusal(EngineUnavailable(self._failure)) + b"\n\n")
         return self._end()
-
-    async def _send_first(self, response: web.StreamResponse) -> None:
-        """The held-back bytes in one write with the headers."""
-        whole = self._take_whole(self._call.take_held())
-        await response.write(whole)
 
     async def _next_turn(self) -> None:
         turn = await self._turn
@@ -101,8 +96,7 @@ class StreamRelay:
             self._call.resume()
         elif turn is Turn.ENGINE_IS_SILENT:
             self._call.close()
-            self._failure = f"the engine sent nothing for {self._idle_timeout_s:g} s"
-            self._is_ended = True
+            self._fail(f"the engine sent nothing for {self._idle_timeout_s:g} s")
 
     # ---- BodySink: called from the engine connection ----------------------------------------------------------------
 
@@ -174,7 +168,9 @@ class StreamRelay:
         self._idle_timer = self._loop.call_later(left_s, self._check_idle)
 
     def _fail(self, failure: str) -> None:
-        self._failure = failure
+        """Ends the stream; after its `[DONE]` nothing was missing, however the engine's connection ended."""
+        if not self._counter.is_done or self._tail:
+            self._failure = failure
         self._wake(Turn.ENDED)
 
     def _wake(self, turn: Turn) -> None:

@@ -83,6 +83,7 @@ class ScriptedEngine:
     received: list[Received] = field(default_factory=list)
     connections: int = 0
     """Generation connections made so far."""
+    server: asyncio.Server = field(init=False)
     closed: int = 0
     """Of these, ended by the gateway or by a script."""
 
@@ -117,8 +118,9 @@ async def serving(script: Script | None = None) -> AsyncIterator[ScriptedEngine]
             writer.close()
 
     server = await asyncio.start_server(converse, "127.0.0.1", 0)
-    address = server.sockets[0].getsockname()
-    engine = ScriptedEngine(f"http://127.0.0.1:{address[1]}", script or says(whole(text_answer())))
+    port = server.sockets[0].getsockname()[1]
+    engine = ScriptedEngine(f"http://127.0.0.1:{port}", script or says(whole(text_answer())))
+    engine.server = server
     try:
         yield engine
     finally:
