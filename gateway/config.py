@@ -73,6 +73,8 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Seconds an idle client connection stays open."""
     body_timeout_s: Seconds = 30.0
     """Seconds without a byte after which a request whose body is not complete is answered 408."""
+    write_timeout_s: Seconds = 60.0
+    """Seconds for which a client may leave its stream unread; then its connection is closed and its engine freed."""
     shutdown_grace_s: Annotated[float, Meta(ge=0, le=86_400)] = 30.0
     """Seconds that running requests are given to end after a stop signal; 0 ends them at once."""
 

@@ -48,12 +48,14 @@ class StreamRelay:
         call: EngineCall,
         *,
         idle_timeout_s: float,
+        write_timeout_s: float,
         expects_done: bool,
         on_progress: Callable[[int], None],
     ) -> None:
         self._request = request
         self._call = call
         self._idle_timeout_s = idle_timeout_s
+        self._write_timeout_s = write_timeout_s
         self._expects_done = expects_done
         self._on_progress = on_progress
         self._transport = cast(asyncio.Transport, request.transport)
@@ -91,12 +93,21 @@ class StreamRelay:
         turn = await self._turn
         self._turn = self._loop.create_future()
         if turn is Turn.CLIENT_IS_SLOW:
-            await self._request.writer.drain()
+            await self._drain()
             self._heard_at = self._event_at = self._loop.time()  # the pause was the client's, not the engine's
             self._call.resume()
         elif turn is Turn.ENGINE_IS_SILENT:
             self._call.close()
             self._fail(f"the engine sent nothing for {self._idle_timeout_s:g} s")
+
+    async def _drain(self) -> None:
+        """Returns when the client reads on. Raises ConnectionError when it does not in time."""
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._request.writer.drain()
+        except TimeoutError:
+            self._transport.abort()
+            raise ConnectionError(f"the client read nothing for {self._write_timeout_s:g} s") from None
 
     # ---- BodySink: called from the engine connection ----------------------------------------------------------------
 
