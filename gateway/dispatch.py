@@ -79,7 +79,7 @@ class Engines:
         address = Address.of(engine.url)
         if pool is None or pool.address != address:
             if pool is not None:
-                pool.close()
+                pool.retire()
             pool = ConnectionPool(address, keepalive_s=self._keepalive_s, max_idle=self._max_idle)
             self._pools[engine.id] = pool
         return pool
@@ -100,9 +100,14 @@ class Engines:
         return "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
 
     def forget(self, engine_id: str) -> None:
-        """Closes the connections to an engine that left."""
+        """Drops the connections to an engine that left; answers under way may end."""
         if pool := self._pools.pop(engine_id, None):
-            pool.close()
+            pool.retire()
+
+    @property
+    def open_count(self) -> int:
+        """Connections open now."""
+        return sum(pool.open_count for pool in self._pools.values())
 
     def close(self) -> None:
         """Closes every connection."""

@@ -24,9 +24,8 @@ from adapters.sse import MAX_EVENT_BYTES, EventCounter
 from gateway.core.errors import EngineUnavailable, MalformedEngineData
 from gateway.core.gaps import GapHistogram
 from gateway.dispatch import StreamEnd
-from gateway.engine_call import EngineCall
+from gateway.engine_call import EngineCall, last_boundary
 
-BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 PROGRESS_EVENTS = 32
 """Events between two words to the scheduler: it wants to know how far a decode is, not each step of it."""
 
@@ -200,9 +199,3 @@ class StreamRelay:
             tbt_s=self._gaps.slow_mean_s,
             failure=self._failure or ("the engine reported an error" if self._counter.is_error else None),
         )
-
-
-def last_boundary(data: bytes) -> int:
-    """Where the last whole event of `data` ends: the offset after its blank line, 0 when there is none."""
-    ends = (data.rfind(separator) + len(separator) for separator in BLANK_LINES if separator in data)
-    return max(ends, default=0)
