@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import aiohttp
 
@@ -19,25 +19,15 @@ from loadtest.answer import ClientResult
 from loadtest.client import LoadClient, chat_request
 from loadtest.engine_types import EngineSettings as FakeEngineSettings
 from loadtest.fake_engine import FakeCluster, FakeEngine, FakeSettings
+from tests.polling import DEADLINE_S, until
 
 SPEED = 20.0
 """Engine seconds per second: a decode step takes about a quarter of a millisecond."""
-POLL_S = 0.005
-DEADLINE_S = 5.0
 MODEL = "emulated"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 QUICK_WATCH = WatchSettings(
     health_interval_s=0.05, report_interval_s=0.05, timeout_s=1.0, report_stale_s=1.0, failures_to_down=2
 )
-
-Condition: TypeAlias = Callable[[], bool] | Callable[[], Awaitable[bool]]
-
-
-async def until(condition: Condition, timeout_s: float = DEADLINE_S) -> None:
-    """Returns when the condition is true. Raises TimeoutError when that takes too long."""
-    async with asyncio.timeout(timeout_s):
-        while not (result if isinstance(result := condition(), bool) else await result):  # noqa: ASYNC110 - a poll
-            await asyncio.sleep(POLL_S)
 
 
 def words(count: int, seed: int = 0) -> str:

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 
 from gateway.config import EngineSettings
 from gateway.core.types import Role
-from tests.integration.harness import MODEL, Site, until
+from tests.integration.harness import MODEL, Site
+from tests.polling import until
 
 METRICS = b"vllm:num_requests_running 0\nvllm:num_requests_waiting 0\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from gateway.config import AdmissionSettings, EngineClientSettings
-from tests.integration.harness import CHAT, Site, Start, chat_body, events, until
+from tests.integration.harness import CHAT, Site, Start, chat_body, events
 from tests.integration.scripted_engine import (
     CHUNKED,
     DONE,
@@ -22,6 +22,7 @@ from tests.integration.scripted_engine import (
     token,
     whole,
 )
+from tests.polling import until
 
 HASTY = EngineClientSettings(
     connect_timeout_s=0.4,
