@@ -15,6 +15,7 @@ import aiohttp
 from gateway.app import Gateway, running
 from gateway.config import Config, EngineSettings, IndexSettings, LogSettings, ServerSettings, WatchSettings, resolve
 from gateway.core.types import Health, Role
+from gateway.toml import Secret
 from loadtest.answer import ClientResult
 from loadtest.client import LoadClient, chat_request
 from loadtest.engine_types import EngineSettings as FakeEngineSettings
@@ -136,6 +137,7 @@ class Start:
         fake: dict[str, Any] | None = None,
         engines: Sequence[EngineSettings] = (),
         is_awaited: bool = True,
+        api_key: str | None = None,
         **settings: Any,
     ) -> Site:
         """A gateway in front of one emulated engine per letter of `roles` (prefill, decode, both), e.g. p0 and d0.
@@ -149,7 +151,11 @@ class Start:
             role = {"p": Role.PREFILL, "d": Role.DECODE, "b": Role.BOTH}[letter]
             own = FakeEngineSettings(role=role, **(engine or {}))
             fakes[name] = await cluster.start(FakeSettings(engine=own, **(fake or {})))
-        found = [EngineSettings(url=each.url, role=each.settings.engine.role, id=name) for name, each in fakes.items()]
+        key = Secret(api_key) if api_key else None
+        found = [
+            EngineSettings(url=each.url, role=each.settings.engine.role, id=name, api_key=key)
+            for name, each in fakes.items()
+        ]
         fields = {
             "engines": (*found, *engines),
             "server": ServerSettings(port=0, shutdown_grace_s=0.5),
