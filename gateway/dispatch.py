@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 
+from adapters.answers import Usage, usage
 from adapters.base import Adapter, Answer, Call, Command, Commit, Exchange, Hangup, Happening, Leg, Note, Payload, Retry
 from gateway.core.events import AttemptFailed, EngineHealth, Finished, FirstToken, Left, PrefillDone
 from gateway.core.types import Dispatch, Engine, Health, Reject, Request
@@ -37,6 +38,7 @@ class Whole:
     decided: Decided
     dispatch: Dispatch
     answer: Answer
+    usage: Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,8 +249,16 @@ class Dispatcher:
                 case Retry():
                     return result
                 case Answer():
-                    self._driver.apply(Finished(request.id))
-                    return Whole(decided, dispatch, result)
+                    told = usage(result.body) or Usage()
+                    self._driver.apply(
+                        Finished(
+                            request.id,
+                            output_tokens=told.output_tokens,
+                            prompt_tokens=told.prompt_tokens,
+                            cached_tokens=told.cached_tokens,
+                        )
+                    )
+                    return Whole(decided, dispatch, result, told)
                 case EngineCall():
                     self._driver.apply(FirstToken(request.id))
                     end = await stream(result, decided, dispatch)

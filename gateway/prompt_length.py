@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from adapters.base import Payload
+from adapters.openai import CHAT, COMPLETIONS
 
 FORGET = 0.02
 """Weight of the newest observation: about the last 50 prompts of a model count."""
@@ -25,9 +26,14 @@ class PromptLength:
         ratio = self._ratios.get(payload.model or "", self._initial)
         return max(1, math.ceil(payload.prompt_chars / ratio))
 
-    def observe(self, payload: Payload, prompt_tokens: int) -> None:
-        """An engine counted that many tokens for this prompt."""
-        if not payload.prompt_chars or prompt_tokens <= 0 or payload.model is None:
+    def observe(self, payload: Payload, prompt_tokens: int | None) -> None:
+        """An engine counted that many tokens for this prompt; None: it did not say."""
+        if (
+            not prompt_tokens
+            or not payload.prompt_chars
+            or payload.model is None
+            or payload.path not in (CHAT, COMPLETIONS)
+        ):
             return
         if payload.model not in self._ratios and len(self._ratios) >= MAX_MODELS:
             return
