@@ -4,9 +4,10 @@ import pytest
 
 from adapters.base import Retry
 from gateway.core.types import Reject, RejectReason
-from gateway.dispatch import Dispatcher, Engines
+from gateway.dispatch import Dispatcher
 from gateway.driver import Decided, Driver
 from gateway.engine_call import CallLimits
+from gateway.engines import Engines
 from gateway.handlers import REFUSAL_STATUS, Exchanged, HandlerLimits, Handlers, explain
 from gateway.journal import Journal
 from gateway.prompt_length import PromptLength
