@@ -53,6 +53,10 @@ class PrefillDone:
     """The prefill leg ended well: the prefill engine computed the prompt and holds its KV for the decode engine."""
 
     request_id: str
+    prompt_tokens: int | None = None
+    """The engine's own count; None when it did not say."""
+    cached_tokens: int | None = None
+    """Prompt tokens that the prefill engine found in its cache; None when it did not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,7 +222,7 @@ class Scheduler:
             case EngineReport(engine_id, report):
                 self.cluster.reported(engine_id, report, now)
                 self._room_at = now
-            case PrefillDone(request_id):
+            case PrefillDone(request_id=request_id):
                 self._prefill_done(request_id, now)
             case FirstToken(request_id):
                 self._first_token(request_id, now)
