@@ -18,6 +18,7 @@ import uvloop
 from aiohttp import web
 
 from adapters import ADAPTERS
+from adapters.base import Adapter
 from gateway import logs
 from gateway.config import Config
 from gateway.core.admission import AdmissionLimits
@@ -72,6 +73,13 @@ def predictor_of(config: Config) -> Predictor:
     return plug_in("predictor", PREDICTORS, name, settings) if ":" in name else predictor(name, **settings)
 
 
+def adapters_of(config: Config) -> dict[str, Adapter]:
+    """Adapter by name: all of the table, and those outside the tree that engines name. Raises ConfigError."""
+    settings = {"vllm": {"lease_s": config.admission.lease_s}}
+    names = [*ADAPTERS, *sorted({engine.adapter for engine in config.engines} - ADAPTERS.keys())]
+    return {name: plug_in("adapter", ADAPTERS, name, settings.get(name, {})) for name in names}
+
+
 def journal_of(config: Config) -> Journal:
     """The journal that the settings ask for. Raises ConfigError when its file cannot be written."""
     if config.journal.path is None:
@@ -85,10 +93,7 @@ def journal_of(config: Config) -> Journal:
 @contextlib.asynccontextmanager
 async def running(config: Config) -> AsyncIterator[Gateway]:
     """A gateway that serves inside this block. Raises ConfigError when the port is taken."""
-    adapters = {name: adapter() for name, adapter in ADAPTERS.items()}
-    for row, engine in enumerate(config.engines):
-        if engine.adapter not in adapters:
-            raise ConfigError(f"engines[{row}].adapter: unknown {engine.adapter!r}; known: {', '.join(adapters)}")
+    adapters = adapters_of(config)
     directory = Directory(config, os.environ)
     journal = journal_of(config)
     client = config.engine_client

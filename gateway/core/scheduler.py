@@ -269,6 +269,7 @@ class Scheduler:
                     cached_tokens=estimate.cached_tokens,
                     queued_ahead_s=estimate.wait_s,
                     elapsed_s=now - reservation.sent_at,
+                    busy_s=reservation.prefill_busy_s,
                     predicted_s=estimate.wait_s + estimate.prefill_s,
                 )
             )
