@@ -105,6 +105,10 @@ class HashTable:
         self._words[slots + _LANES] = 0
         self._entry_count -= len(slots)
 
+    def keys(self, slots: Slots) -> Words:
+        """The keys in these slots (each >= 0), shape of `slots`."""
+        return self._words.take(slots)
+
     def values(self, slots: Slots) -> Words:
         """The values in these slots (each >= 0), shape of `slots`."""
         return self._words.take(slots + _LANES)
@@ -139,11 +143,11 @@ class HashTable:
         bucket = self._home(keys)
         slots = self._look(keys, bucket)
         rest = np.flatnonzero(slots == _ABSENT)
-        while len(rest):
-            rest = rest[self._passed.take(bucket[rest]) > 0]
-            bucket[rest] = self._next(keys[rest], bucket[rest])
-            slots[rest] = self._look(keys[rest], bucket[rest])
-            rest = rest[slots[rest] == _ABSENT]
+        while len(rest := rest[self._passed.take(bucket[rest]) > 0]):
+            keys_left = keys[rest]
+            bucket[rest] = strode = self._next(keys_left, bucket[rest])
+            slots[rest] = found = self._look(keys_left, strode)
+            rest = rest[found == _ABSENT]
         return slots
 
     def _look(self, keys: Words, bucket: NDArray[np.int64]) -> Slots:
