@@ -55,6 +55,9 @@ _SLICE_TOKENS = 16_384
 """Tokens scrambled at a time: 128 KiB of words stay in the L2 cache, and the allocator hands the same pages out again.
 Measured on 131,072 tokens in blocks of 16: 0.20 ms in slices, 0.91 ms in one piece (page faults)."""
 
+_SHORT_BLOCKS = 32
+"""Up to here the recurrence itself is faster than its closed form (one block: 6 us and 13 us)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Media:
@@ -94,11 +97,16 @@ def chain(
 
 def chain_content(parent_hash: int, content: NDArray[np.uint64]) -> BlockHashes:
     """The hashes of blocks whose content is hashed already, shape of `content`: (blocks,)."""
-    block_count = len(content)
-    start = np.uint64(_unmix(int(parent_hash)) * _CHAIN % _WORD)
-    total = np.cumsum(content * _powers(_UNCHAIN, block_count))
-    total += start
-    return _mix(total * _powers(_CHAIN, block_count))
+    state = _unmix(int(parent_hash))
+    if len(content) <= _SHORT_BLOCKS:
+        states = []
+        for word in content.tolist():
+            state = (state * _CHAIN + word) % _WORD
+            states.append(state)
+        return _mix(np.array(states, np.uint64))
+    total = np.cumsum(content * _powers(_UNCHAIN, len(content)))
+    total += np.uint64(state * _CHAIN % _WORD)
+    return _mix(total * _powers(_CHAIN, len(content)))
 
 
 def hash_content(blocks: NDArray[np.integer], media: BlockMedia | None = None) -> NDArray[np.uint64]:
