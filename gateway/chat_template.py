@@ -72,8 +72,8 @@ class ChatTemplate:
             raise
         except RenderLimit as error:
             raise NotRenderable(Obstacle.TEMPLATE_LIMIT, str(error)) from error
-        except MemoryError as error:
-            raise NotRenderable(Obstacle.TEMPLATE_LIMIT, "out of memory") from error
+        except (MemoryError, RecursionError) as error:
+            raise NotRenderable(Obstacle.TEMPLATE_LIMIT, type(error).__name__) from error
         except Exception as error:  # a template is a program: whatever it raises says that it refuses this body
             raise NotRenderable(Obstacle.TEMPLATE_ERROR, f"{type(error).__name__}: {error}") from error
 

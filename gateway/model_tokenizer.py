@@ -55,8 +55,11 @@ class ModelTokenizer:
 
     @classmethod
     def load(cls, path: Path, limits: TokenizerLimits = TokenizerLimits()) -> ModelTokenizer:
-        """The tokenizer of a model directory. Raises ConfigError when it is missing, broken or over its size limit."""
-        return cls(ModelDirectory.load(path), limits)
+        """The tokenizer of a model directory, or of the directory a `tokenizer.json` lies in.
+
+        Raises ConfigError when it is missing, broken or over its size limit.
+        """
+        return cls(ModelDirectory.load(path.parent if path.name == "tokenizer.json" else path), limits)
 
     def chat_ids(self, body: Mapping[str, object], is_abandoned: Callable[[], bool]) -> NDArray[np.int32]:
         """Token ids of an OpenAI chat body, int32, shape (tokens,). Raises NotRenderable."""

@@ -19,14 +19,14 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.base import Payload
 from adapters.token_ids import parse_tokenize, tokenize_body
 from gateway.chat_messages import NotRenderable, Obstacle
 from gateway.core.errors import GatewayError
 from gateway.model_tokenizer import ModelTokenizer
-from gateway.token_estimate import TokenRatios, prompt_size
+from gateway.token_estimate import TokenRatios
 
 Ids: TypeAlias = NDArray[np.int32]
-Body: TypeAlias = Mapping[str, object]
 
 AskEngine: TypeAlias = Callable[[dict[str, object]], Awaitable[bytes]]
 """Posts a body to an engine's `/tokenize` and gives the answer's body; raises GatewayError or OSError."""
@@ -53,8 +53,6 @@ class Tokenised:
     """>= 1 for an estimate, else the length of `ids`."""
     source: TokenSource
     elapsed_s: float
-    chars: int
-    """Characters of the prompt's texts: what `learn` needs."""
     obstacle: Obstacle | None = None
     """Why the source is not EXACT."""
 
@@ -83,38 +81,39 @@ class _Job:
 class PromptTokens:
     """Tokenises prompts. Make it inside a running loop's program, `aclose` it at the end."""
 
-    def __init__(self, own: Mapping[str, ModelTokenizer], limits: TokenLimits = TokenLimits()) -> None:
-        """`own`: model name (or ANY_MODEL) -> its tokenizer."""
+    def __init__(
+        self, own: Mapping[str, ModelTokenizer], limits: TokenLimits = TokenLimits(), *, first_ratio: float = 4.0
+    ) -> None:
+        """`own`: model name (or ANY_MODEL) -> its tokenizer. `first_ratio`: characters per token, see TokenRatios."""
         self._own = dict(own)
         self._limits = limits
-        self._ratios = TokenRatios()
+        self._ratios = TokenRatios(first_ratio)
         self._jobs: dict[_Job, Future[Ids]] = {}
         self._threads = ThreadPoolExecutor(max_workers=limits.threads, thread_name_prefix="tokens")
 
-    async def tokenise(self, body: Body, *, ask_engine: AskEngine | None = None) -> Tokenised:
-        """The tokens of an OpenAI chat or completion body. Raises nothing but CancelledError."""
+    async def tokenise(self, payload: Payload, *, ask_engine: AskEngine | None = None) -> Tokenised:
+        """The tokens of a chat or completion request. Raises nothing but CancelledError."""
         started = time.perf_counter()
-        chars, id_count = prompt_size(body)
         try:
-            ids = await self._exact(body)
-            return Tokenised(ids, ids.size, TokenSource.EXACT, time.perf_counter() - started, chars)
+            ids = await self._exact(payload)
+            return Tokenised(ids, ids.size, TokenSource.EXACT, time.perf_counter() - started)
         except NotRenderable as error:
             obstacle = error.obstacle
-        ids_told = await self._told_by_engine(body, ask_engine)
-        if ids_told is not None:
-            elapsed_s = time.perf_counter() - started
-            return Tokenised(ids_told, ids_told.size, TokenSource.ENGINE, elapsed_s, chars, obstacle)
-        count = id_count + self._ratios.count(_model(body), chars)
-        return Tokenised(None, count, TokenSource.ESTIMATE, time.perf_counter() - started, chars, obstacle)
+        told = await self._told_by_engine(payload.body, ask_engine)
+        if told is not None:
+            return Tokenised(told, told.size, TokenSource.ENGINE, time.perf_counter() - started, obstacle)
+        count = payload.prompt_tokens or self._ratios.count(payload.model or "", payload.prompt_chars)
+        return Tokenised(None, count, TokenSource.ESTIMATE, time.perf_counter() - started, obstacle)
 
-    def learn(self, model: str, tokenised: Tokenised, prompt_tokens: int) -> None:
+    def learn(self, payload: Payload, tokenised: Tokenised, prompt_tokens: int) -> None:
         """An engine reported how many tokens that prompt had: the next estimate for the model is better."""
         if tokenised.obstacle is not Obstacle.MEDIA:  # images have tokens, but no characters
-            self._ratios.learn(model, chars=tokenised.chars, prompt_tokens=prompt_tokens)
+            self._ratios.learn(payload.model or "", chars=payload.prompt_chars, prompt_tokens=prompt_tokens)
 
     async def aclose(self) -> None:
         """Ends the threads; prompts that are being tokenised get an estimate within one part of their text."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        # Cancelling the queued work would look to its callers as if they themselves had been cancelled.
+        self._threads.shutdown(wait=False)
         jobs = list(self._jobs.items())
         for job, _ in jobs:
             job.is_abandoned = True
@@ -122,11 +121,12 @@ class PromptTokens:
         await asyncio.gather(*running, return_exceptions=True)
         self._threads.shutdown(wait=True)
 
-    async def _exact(self, body: Body) -> Ids:
+    async def _exact(self, payload: Payload) -> Ids:
+        body = payload.body
         prompt = _single(body.get("prompt"))
         if "messages" not in body and isinstance(prompt, list):
             return await self._in_thread(lambda job: _given_ids(prompt))
-        own = self._own.get(_model(body)) or self._own.get(ANY_MODEL)
+        own = self._own.get(payload.model or "") or self._own.get(ANY_MODEL)
         if own is None:
             raise NotRenderable(Obstacle.NO_TOKENIZER)
         if "messages" in body:
@@ -135,7 +135,7 @@ class PromptTokens:
             return await self._in_thread(lambda job: own.text_ids(prompt, body, lambda: job.is_abandoned))
         raise NotRenderable(Obstacle.NOT_A_PROMPT)
 
-    async def _told_by_engine(self, body: Body, ask: AskEngine | None) -> Ids | None:
+    async def _told_by_engine(self, body: Mapping[str, object], ask: AskEngine | None) -> Ids | None:
         question = tokenize_body(body) if ask is not None else None
         if ask is None or question is None:
             return None
@@ -152,7 +152,7 @@ class PromptTokens:
             raise NotRenderable(Obstacle.BUSY)
         job = _Job()
         try:
-            future = self._jobs[job] = self._threads.submit(work, job)
+            future = self._jobs[job] = self._threads.submit(_run, work, job)
         except RuntimeError as error:  # the threads are shut down
             raise NotRenderable(Obstacle.BUSY, "closed") from error
         future.add_done_callback(lambda _: self._jobs.pop(job, None))
@@ -165,9 +165,10 @@ class PromptTokens:
             job.is_abandoned = True
 
 
-def _model(body: Body) -> str:
-    model = body.get("model")
-    return model if isinstance(model, str) else ""
+def _run(work: Callable[[_Job], Ids], job: _Job) -> Ids:
+    if job.is_abandoned:
+        raise NotRenderable(Obstacle.TIMEOUT, "nobody waits any more")
+    return work(job)
 
 
 def _single(prompt: object) -> object:
