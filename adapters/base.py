@@ -27,7 +27,7 @@ class Cause(StrEnum):
     CONNECT = "connect"
     """The connection was refused or could not be made in time: the engine never saw the request."""
     HEAD_TIMEOUT = "head_timeout"
-    """Connected and sent; no first data within the limit."""
+    """Connected and sent; no head or no first data within its limit."""
     IDLE_TIMEOUT = "idle_timeout"
     """Data stopped for longer than the limit."""
     LOST = "lost"
@@ -43,7 +43,7 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Send one HTTP request to an engine. `is_answer`: its response is for the client, first data event reported."""
+    """Send one HTTP request to an engine. `is_answer`: its response is for the client, a stream's head is reported."""
 
     leg: Leg
     engine: Engine
@@ -53,6 +53,9 @@ class Call:
     is_answer: bool = False
     is_replayable: bool = True
     """Whether the shell may send it again by itself on a fresh connection when a kept-alive one turned out closed."""
+    head_within_s: float | None = None
+    """The response head must come within this many seconds, else `Broken(HEAD_TIMEOUT)`: a lease runs meanwhile. Only
+    set where the engine sends its head at once (streams); None leaves the shell's own limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +112,11 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class FirstEvent:
-    """The first SSE event with data of a 200 stream on the answering call; `data` is the text after `data:`."""
+class HeadEvent:
+    """An SSE event with data of a 200 stream on the answering call, before Commit; `data` is the text after `data:`.
+
+    The first one is always reported. While `receive` returns no command, hold the bytes back and report the next.
+    """
 
     leg: Leg
     data: bytes
@@ -125,7 +131,7 @@ class Broken:
     detail: str = ""
 
 
-Happening: TypeAlias = Answered | FirstEvent | Broken
+Happening: TypeAlias = Answered | HeadEvent | Broken
 
 
 class Exchange(Protocol):
@@ -136,7 +142,7 @@ class Exchange(Protocol):
         ...
 
     def receive(self, happening: Happening) -> list[Command]:
-        """What to do now. Happenings on legs already hung up are ignored."""
+        """What to do now; an empty list means go on. Happenings on legs already hung up are ignored."""
         ...
 
 
@@ -145,11 +151,21 @@ class Payload:
     """The client's request, parsed once and stripped of routing-internal fields."""
 
     request_id: str
+    """Ours: sent to every engine of the exchange."""
     path: str
     body: dict[str, object]
-    is_stream: bool
+    is_stream: bool = False
     headers: tuple[tuple[str, str], ...] = ()
     """End-to-end headers to pass on (authorization, trace context)."""
+    model: str | None = None
+    """None only on routes whose engines fill it in themselves."""
+    prompt_chars: int = 0
+    """Characters of the prompt's text, an upper bound on routes that are passed through; 0 for token ids."""
+    prompt_tokens: int | None = None
+    """Exact count when the client sent token ids, else None."""
+    max_output_tokens: int | None = None
+    can_hand_off: bool = False
+    """Whether one prefill's KV can serve the whole request: one prompt, one choice, no logprobs of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +182,20 @@ class Facts:
 class Adapter(Protocol):
     """What one kind of engine speaks."""
 
-    health_path: str
-    """GET it: 200 means the engine serves."""
-    report_path: str
-    """GET it: the body is for `parse_report`."""
-    models_path: str
+    @property
+    def health_path(self) -> str:
+        """GET it: 200 means the engine serves."""
+        ...
+
+    @property
+    def report_path(self) -> str:
+        """GET it: the body is for `parse_report`."""
+        ...
+
+    @property
+    def models_path(self) -> str:
+        """GET it: the body is for `parse_models`."""
+        ...
 
     def open(self, payload: Payload, prefill: Engine, decode: Engine) -> Exchange:
         """The exchange for one attempt on this pair; one engine twice means a single leg."""

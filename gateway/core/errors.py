@@ -8,6 +8,8 @@ class GatewayError(Exception):
 
     status = 500
     kind = "internal_error"
+    closes_connection = False
+    """Whether the rest of the request is not worth reading, so that the connection ends with the answer."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -32,6 +34,29 @@ class BodyTooLarge(GatewayError):
     """The request body is over the limit."""
 
     status = 413
+    kind = "invalid_request_error"
+    closes_connection = True
+
+
+class RequestTimeout(GatewayError):
+    """The client stopped sending in the middle of its request."""
+
+    status = 408
+    kind = "invalid_request_error"
+    closes_connection = True
+
+
+class NotFound(GatewayError):
+    """There is nothing at that path."""
+
+    status = 404
+    kind = "not_found_error"
+
+
+class MethodNotAllowed(GatewayError):
+    """The path exists and takes another method."""
+
+    status = 405
     kind = "invalid_request_error"
 
 

@@ -97,6 +97,8 @@ class PrefillOutcome:
     """From dispatch to the end of the prefill."""
     predicted_s: float
     """What had been predicted for `elapsed_s`."""
+    busy_s: float | None = None
+    """From its dispatch, or from the end of the prefill before it there if that was later, to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,17 @@ class DecodeOutcome:
     output_tokens: int
     tbt_s: float
     predicted_tbt_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HandOffOutcome:
+    """A hand-off that ended."""
+
+    prefill: Engine
+    decode: Engine
+    prompt_tokens: int
+    elapsed_s: float
+    """From the end of the prefill to the KV being at the decode engine."""
 
 
 class Estimator(Protocol):
@@ -132,6 +145,8 @@ class Estimator(Protocol):
     def observe_prefill(self, outcome: PrefillOutcome) -> None: ...
 
     def observe_decode(self, outcome: DecodeOutcome) -> None: ...
+
+    def observe_hand_off(self, outcome: HandOffOutcome) -> None: ...
 
 
 class Predictor(Protocol):

@@ -48,6 +48,8 @@ class Engine:
     """Engines hand off only to engines of the same pool (same model, version and connector)."""
     can_serve_alone: bool = True
     """Whether a plain request works on it (a vLLM decode engine can prefill; an SGLang decode engine cannot)."""
+    max_in_flight: int | None = None
+    """Requests at once; None: the admission limit of all engines."""
     models: tuple[str, ...] = ()
     block_tokens: int | None = None
     kv_capacity_tokens: int | None = None

@@ -1,0 +1,231 @@
+"""The ledger: for each engine its last report and what we sent since, kept as whole numbers so that nothing drifts.
+
+A request in flight holds one Reservation: on its prefill engine until the prefill ends, on its decode engine until the
+answer ends. Sums over reservations are integers (tokens, microseconds) and are taken back exactly as they were added,
+so they return to zero when the requests are gone; `Cluster.check` asserts it.
+
+Load that others put on an engine is what its report shows beyond our own requests. A report lags: between the instant
+the engine counted and the instant we read it, requests of ours may have ended. So a report is compared with the most
+requests we had there since the report before, and errs towards "ours".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from gateway.core.interfaces import EngineLoad
+from gateway.core.types import Dispatch, Engine, Estimate, Health, Report, Request
+
+MICROSECONDS = 1_000_000
+
+
+@dataclass(slots=True)
+class Reservation:
+    """What one dispatched request holds, and where it is in its life."""
+
+    request: Request
+    estimate: Estimate
+    sent_at: float
+    prefill_us: int
+    """Predicted prefill work."""
+    uncached_tokens: int
+    prefill_done_at: float | None = None
+    prefill_busy_s: float | None = None
+    """How long the prefill engine was at this prefill: from its dispatch or the end of the one before, to its end."""
+    first_token_at: float | None = None
+    output_tokens: int = 0
+    batch: int = 0
+    """Requests on the decode engine when this one was sent, itself included."""
+    batch_kv_tokens: int = 0
+
+
+@dataclass(slots=True)
+class EngineState:
+    """Everything known of one engine now."""
+
+    engine: Engine
+    health: Health = Health.UNKNOWN
+    health_reason: str = "not probed yet"
+    report: Report | None = None
+    reported_at: float | None = None
+    prefilling: dict[str, Reservation] = field(default_factory=dict)
+    """By request id, in the order sent: the prefill queue as we know it."""
+    decoding: dict[str, Reservation] = field(default_factory=dict)
+    """By request id: every request that decodes here or will."""
+    prefill_us: int = 0
+    queued_tokens: int = 0
+    kv_tokens: int = 0
+    producing_count: int = 0
+    """Of `decoding`, those that have produced a token."""
+    others_count: int = 0
+    """Requests of others, by the last report."""
+    own_peak_count: int = 0
+    """The most requests of ours at once since the last report."""
+    head_since: float = 0.0
+    """When the first of `prefilling` became the first."""
+    prefill_ended_at: float = float("-inf")
+    """When a prefill last ended here."""
+
+    @property
+    def own_count(self) -> int:
+        """Requests of ours in flight here; one that does both stages here counts once."""
+        if not self.prefilling:
+            return len(self.decoding)
+        if not self.decoding:
+            return len(self.prefilling)
+        return len(self.prefilling.keys() | self.decoding.keys())
+
+    @property
+    def in_flight_count(self) -> int:
+        """Requests in flight here, ours and others'."""
+        return self.own_count + self.others_count
+
+    def prefill_work_s(self, now: float) -> float:
+        """Predicted seconds until the prefills sent here so far are done; the running one counts down while it runs."""
+        if not self.prefilling:
+            return 0.0
+        head = next(iter(self.prefilling.values()))
+        running_s = max(0.0, now - max(self.head_since, head.sent_at))
+        return self.prefill_us / MICROSECONDS - min(running_s, head.prefill_us / MICROSECONDS)
+
+    def load(self, now: float) -> EngineLoad:
+        """The engine as policies and predictors see it."""
+        return EngineLoad(
+            engine=self.engine,
+            report=self.report,
+            report_age_s=None if self.reported_at is None else now - self.reported_at,
+            in_flight_count=self.in_flight_count,
+            queued_count=len(self.prefilling) + len(self.decoding) - self.producing_count,
+            decoding_count=self.producing_count,
+            prefill_work_s=self.prefill_work_s(now),
+            queued_tokens=self.queued_tokens,
+            kv_tokens=self.kv_tokens,
+        )
+
+
+class Cluster:
+    """All engines and all reservations. Unknown ids are ignored: an end may be told twice, an engine may be gone."""
+
+    def __init__(self) -> None:
+        self.engines: dict[str, EngineState] = {}
+        """Sorted by id, so that every walk over it is in the same order in every process."""
+        self.reservations: dict[str, Reservation] = {}
+
+    # ---- engines ----------------------------------------------------------------------------------------------------
+
+    def found(self, engine: Engine) -> None:
+        """Adds an engine, or replaces the facts about a known one and keeps its load."""
+        if engine.id in self.engines:
+            self.engines[engine.id].engine = engine
+            return
+        self.engines[engine.id] = EngineState(engine)
+        self.engines = dict(sorted(self.engines.items()))
+
+    def lost(self, engine_id: str) -> None:
+        """Forgets an engine. Requests in flight there stay reserved elsewhere until the shell reports their end."""
+        self.engines.pop(engine_id, None)
+
+    def set_health(self, engine_id: str, health: Health, reason: str) -> None:
+        if state := self.engines.get(engine_id):
+            state.health, state.health_reason = health, reason
+
+    def reported(self, engine_id: str, report: Report, now: float) -> None:
+        """Takes a report in; what it shows beyond our own requests is others' load."""
+        if state := self.engines.get(engine_id):
+            state.report, state.reported_at = report, now
+            state.others_count = max(0, report.running_count + report.waiting_count - state.own_peak_count)
+            state.own_peak_count = state.own_count
+
+    def loads(self, now: float) -> Iterator[EngineLoad]:
+        return (state.load(now) for state in self.engines.values())
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    def reserve(self, request: Request, dispatch: Dispatch, now: float) -> None:
+        """Books a dispatched request on both its engines. The request must not be in flight already."""
+        assert request.id not in self.reservations, f"request {request.id} is dispatched twice"
+        estimate = dispatch.estimate
+        reservation = Reservation(
+            request=request,
+            estimate=estimate,
+            sent_at=now,
+            prefill_us=round(estimate.prefill_s * MICROSECONDS),
+            uncached_tokens=max(0, request.prompt_tokens - estimate.cached_tokens),
+        )
+        self.reservations[request.id] = reservation
+        if prefill := self.engines.get(estimate.prefill):
+            if not prefill.prefilling:
+                prefill.head_since = now
+            prefill.prefilling[request.id] = reservation
+            prefill.prefill_us += reservation.prefill_us
+            prefill.queued_tokens += reservation.uncached_tokens
+            prefill.own_peak_count = max(prefill.own_peak_count, prefill.own_count)
+        if decode := self.engines.get(estimate.decode):
+            decode.decoding[request.id] = reservation
+            decode.kv_tokens += request.prompt_tokens
+            decode.own_peak_count = max(decode.own_peak_count, decode.own_count)
+            reservation.batch, reservation.batch_kv_tokens = len(decode.decoding), decode.kv_tokens
+
+    def prefill_done(self, request_id: str, now: float) -> Reservation | None:
+        """Releases the prefill half. Returns the reservation the first time, None when there is nothing to release."""
+        reservation = self.reservations.get(request_id)
+        if reservation is None or reservation.prefill_done_at is not None:
+            return None
+        reservation.prefill_done_at = now
+        if prefill := self.engines.get(reservation.estimate.prefill):
+            reservation.prefill_busy_s = now - max(reservation.sent_at, prefill.prefill_ended_at)
+        self._release_prefill(reservation, now)
+        return reservation
+
+    def progressed(self, request_id: str, output_tokens: int, now: float) -> Reservation | None:
+        """Records that the request has that many output tokens. Returns the reservation at its first token."""
+        reservation = self.reservations.get(request_id)
+        if reservation is None:
+            return None
+        decode = self.engines.get(reservation.estimate.decode)
+        if decode and request_id not in decode.decoding:
+            decode = None
+        is_first = reservation.first_token_at is None
+        if is_first:
+            reservation.first_token_at = now
+        grown = max(0, output_tokens - reservation.output_tokens)
+        reservation.output_tokens += grown
+        if decode:
+            decode.kv_tokens += grown
+            decode.producing_count += is_first
+        return reservation if is_first else None
+
+    def release(self, request_id: str, now: float) -> Reservation | None:
+        """Gives back all that the request holds. Returns its reservation, None when it held nothing."""
+        reservation = self.reservations.pop(request_id, None)
+        if reservation is None:
+            return None
+        self._release_prefill(reservation, now)
+        decode = self.engines.get(reservation.estimate.decode)
+        if decode and decode.decoding.pop(request_id, None):
+            decode.kv_tokens -= reservation.request.prompt_tokens + reservation.output_tokens
+            decode.producing_count -= reservation.first_token_at is not None
+        return reservation
+
+    def _release_prefill(self, reservation: Reservation, now: float) -> None:
+        request_id = reservation.request.id
+        prefill = self.engines.get(reservation.estimate.prefill)
+        if prefill is None or request_id not in prefill.prefilling:
+            return
+        prefill.prefill_ended_at = now
+        if next(iter(prefill.prefilling)) == request_id:
+            prefill.head_since = now
+        del prefill.prefilling[request_id]
+        prefill.prefill_us -= reservation.prefill_us
+        prefill.queued_tokens -= reservation.uncached_tokens
+
+    def check(self) -> None:
+        """Asserts that the sums equal what the reservations hold: whole numbers, so exactly."""
+        for state in self.engines.values():
+            prefilling, decoding = state.prefilling.values(), state.decoding.values()
+            assert state.prefill_us == sum(r.prefill_us for r in prefilling)
+            assert state.queued_tokens == sum(r.uncached_tokens for r in prefilling)
+            assert state.kv_tokens == sum(r.request.prompt_tokens + r.output_tokens for r in decoding)
+            assert state.producing_count == sum(r.first_token_at is not None for r in decoding)
+            assert (state.prefilling.keys() | state.decoding.keys()) <= self.reservations.keys()

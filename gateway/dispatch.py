@@ -1,0 +1,253 @@
+"""Carries out decided requests: runs an adapter's Exchange over connections, and retries with a fresh decision.
+
+A request is over in exactly one of three ways: refused (a value of the core), answered whole, or streamed. Until the
+Exchange commits nothing has reached the client, so every failure before that is decided again, the engine at fault
+avoided, within the scheduler's bound on attempts. However it ends, or if the client leaves, every leg is hung up and
+the ledger is told: nothing stays reserved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+
+from adapters.base import Adapter, Answer, Call, Command, Commit, Exchange, Hangup, Happening, Leg, Note, Payload, Retry
+from gateway.core.events import AttemptFailed, EngineHealth, Finished, FirstToken, Left, PrefillDone
+from gateway.core.types import Dispatch, Engine, Health, Reject, Request
+from gateway.driver import Decided, Driver
+from gateway.engine_call import CallLimits, EngineCall, StaleConnection
+from gateway.upstream import Address, ConnectionPool
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The core refused; `failure` is what went wrong in the attempt before, if there was one."""
+
+    decided: Decided
+    reject: Reject
+    failure: Retry | None
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The client's answer in one piece."""
+
+    decided: Decided
+    dispatch: Dispatch
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnd:
+    """How a relayed stream ended."""
+
+    output_tokens: int
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    tbt_s: float | None
+    failure: str | None = None
+    """None: complete. Otherwise the client got one error event that says this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """The answer was relayed."""
+
+    decided: Decided
+    dispatch: Dispatch
+    end: StreamEnd
+
+
+StreamAnswer = Callable[[EngineCall, Decided, Dispatch], Awaitable[StreamEnd]]
+"""Relays a committed call to the client and returns when it is over."""
+
+
+class Engines:
+    """Connections and credentials per engine."""
+
+    def __init__(self, *, keepalive_s: float, max_idle: int, api_key: Callable[[str], str | None]) -> None:
+        self._keepalive_s = keepalive_s
+        self._max_idle = max_idle
+        self._api_key = api_key
+        self._pools: dict[str, ConnectionPool] = {}
+
+    def pool(self, engine: Engine) -> ConnectionPool:
+        """The engine's connections; made on first use, and anew when its address changed."""
+        pool = self._pools.get(engine.id)
+        address = Address.of(engine.url)
+        if pool is None or pool.address != address:
+            if pool is not None:
+                pool.close()
+            pool = ConnectionPool(address, keepalive_s=self._keepalive_s, max_idle=self._max_idle)
+            self._pools[engine.id] = pool
+        return pool
+
+    def request_head(self, call: Call) -> bytes:
+        """Request line and headers of the call, up to and including the empty line."""
+        lines = [
+            f"POST {call.path} HTTP/1.1",
+            f"host: {Address.of(call.engine.url).host_header}",
+            f"content-length: {len(call.body)}",
+        ]
+        api_key = self._api_key(call.engine.id)
+        if api_key is not None:
+            lines.append(f"authorization: Bearer {api_key}")
+        lines += [
+            f"{name}: {value}" for name, value in call.headers if api_key is None or name.lower() != "authorization"
+        ]
+        return "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
+
+    def forget(self, engine_id: str) -> None:
+        """Closes the connections to an engine that left."""
+        if pool := self._pools.pop(engine_id, None):
+            pool.close()
+
+    def close(self) -> None:
+        """Closes every connection."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+
+class Attempt:
+    """One Exchange under way. `close` hangs up whatever is still open; it may be called at any time, and again."""
+
+    def __init__(self, exchange: Exchange, engines: Engines, limits: CallLimits, on_prefill_done: Callable[[], None]):
+        self._exchange = exchange
+        self._engines = engines
+        self._limits = limits
+        self._on_prefill_done = on_prefill_done
+        self._calls: dict[Leg, EngineCall] = {}
+        self._happenings: asyncio.Queue[Happening | StaleConnection] = asyncio.Queue()
+
+    async def result(self) -> Retry | Answer | EngineCall:
+        """Runs to the first result: a failure before the commit, a whole answer, or the committed call."""
+        commands = deque(self._exchange.start())
+        while True:
+            result = await self._carry_out(commands)
+            if result is not None:
+                return result
+            happening = await self._happenings.get()
+            while isinstance(happening, StaleConnection):
+                call = happening.call
+                await call.send(self._engines.request_head(call.call), is_fresh=True)
+                happening = await self._happenings.get()
+            commands.extend(self._exchange.receive(happening))
+
+    def engine_down(self, engine_id: str, detail: str) -> None:
+        """Gives up calls to that engine that have shown nothing yet."""
+        for call in self._calls.values():
+            if call.call.engine.id == engine_id:
+                call.give_up(detail)
+
+    def close(self) -> None:
+        """Hangs up every leg."""
+        for call in self._calls.values():
+            call.close()
+
+    async def _carry_out(self, commands: deque[Command]) -> Retry | Answer | EngineCall | None:
+        to_send: list[Call] = []
+        result: Retry | Answer | EngineCall | None = None
+        while commands and result is None:
+            match commands.popleft():
+                case Call() as call:
+                    to_send.append(call)
+                case Hangup(leg):
+                    self._calls[leg].close()
+                case Note():
+                    self._on_prefill_done()
+                case Commit():
+                    result = next(call for call in self._calls.values() if call.call.is_answer)
+                case Retry() | Answer() as ending:
+                    result = ending
+        if len(to_send) == 1:
+            await self._send(to_send[0])
+        elif to_send:
+            async with asyncio.TaskGroup() as group:
+                for call in to_send:
+                    group.create_task(self._send(call))
+        return result
+
+    async def _send(self, call: Call) -> None:
+        pool = self._engines.pool(call.engine)
+        engine_call = EngineCall(call, pool, self._limits, self._happenings.put_nowait)
+        self._calls[call.leg] = engine_call
+        await engine_call.send(self._engines.request_head(call))
+
+
+class Dispatcher:
+    """Serves requests: decide, act, and decide again when an attempt fails before the first byte."""
+
+    def __init__(self, driver: Driver, adapters: Mapping[str, Adapter], engines: Engines, limits: CallLimits) -> None:
+        self._driver = driver
+        self._adapters = adapters
+        self._engines = engines
+        self._limits = limits
+        self._attempts: set[Attempt] = set()
+
+    async def serve(self, request: Request, payload: Payload, stream: StreamAnswer) -> Refused | Whole | Streamed:
+        """Serves one request to its end. Cancelling it hangs up and releases everything."""
+        failure: Retry | None = None
+        try:
+            while True:
+                decided = await self._driver.decide(request)
+                if isinstance(decided.decision, Reject):
+                    return Refused(decided, decided.decision, failure)
+                ending = await self._attempt(decided, decided.decision, request, payload, stream)
+                if not isinstance(ending, Retry):
+                    return ending
+                failure = ending
+                self._report_failure(request, ending)
+                avoid = tuple(dict.fromkeys((*request.avoid, ending.engine_id)))
+                request = replace(request, attempt=request.attempt + 1, avoid=avoid)
+        except BaseException:
+            self._driver.apply(Left(request.id))
+            raise
+
+    async def _attempt(
+        self, decided: Decided, dispatch: Dispatch, request: Request, payload: Payload, stream: StreamAnswer
+    ) -> Retry | Whole | Streamed:
+        prefill, decode = (self._driver.engine(name) for name in (dispatch.estimate.prefill, dispatch.estimate.decode))
+        if prefill is None or decode is None:  # it left between the decision and this turn of the loop
+            return Retry(dispatch.estimate.prefill if prefill is None else dispatch.estimate.decode, "engine_left")
+        exchange = self._adapters[decode.adapter].open(payload, prefill, decode)
+        attempt = Attempt(exchange, self._engines, self._limits, lambda: self._driver.apply(PrefillDone(request.id)))
+        self._attempts.add(attempt)
+        try:
+            result = await attempt.result()
+            match result:
+                case Retry():
+                    return result
+                case Answer():
+                    self._driver.apply(Finished(request.id))
+                    return Whole(decided, dispatch, result)
+                case EngineCall():
+                    self._driver.apply(FirstToken(request.id))
+                    end = await stream(result, decided, dispatch)
+                    self._finish_stream(request, end)
+                    return Streamed(decided, dispatch, end)
+        finally:
+            self._attempts.discard(attempt)
+            attempt.close()
+
+    def engine_down(self, engine_id: str, detail: str) -> None:
+        """Fails the calls to that engine that have shown nothing yet, so that they are tried elsewhere now."""
+        for attempt in list(self._attempts):
+            attempt.engine_down(engine_id, detail)
+
+    def _finish_stream(self, request: Request, end: StreamEnd) -> None:
+        finished = Finished(
+            request.id,
+            output_tokens=end.output_tokens,
+            prompt_tokens=end.prompt_tokens,
+            cached_tokens=end.cached_tokens,
+            tbt_s=end.tbt_s,
+        )
+        self._driver.apply(finished)
+
+    def _report_failure(self, request: Request, failure: Retry) -> None:
+        if failure.is_engine_down:
+            self._driver.apply(EngineHealth(failure.engine_id, Health.DOWN, failure.reason))
+        self._driver.apply(AttemptFailed(request.id, failure.engine_id, failure.reason))

@@ -1,0 +1,201 @@
+"""The data plane: a committed engine stream to one client, bytes as they are.
+
+A chunk passes through one `data_received` and one `transport.write`. Events are counted by their framing; nobody parses
+JSON per token. Only whole events go out, so that a stream cut in the middle of one can still be ended with one clean
+error event: a client never sees half an event, nor a truncation that looks complete.
+
+Back-pressure: when the client's socket buffer is over its high-water mark the engine connection stops being read, so a
+slow reader costs one socket buffer here and one there, and the engine stops too. The coroutine below only sleeps until
+the stream ends or has to wait for the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import cast
+
+from aiohttp import web
+
+from adapters.answers import Usage, refusal, usage
+from adapters.base import Cause
+from adapters.sse import MAX_EVENT_BYTES, EventCounter
+from gateway.core.errors import EngineUnavailable, MalformedEngineData
+from gateway.core.gaps import GapHistogram
+from gateway.dispatch import StreamEnd
+from gateway.engine_call import EngineCall
+
+BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
+PROGRESS_EVENTS = 32
+"""Events between two words to the scheduler: it wants to know how far a decode is, not each step of it."""
+
+
+class Turn(Enum):
+    """Why the relay's coroutine was woken."""
+
+    ENDED = auto()
+    CLIENT_IS_SLOW = auto()
+    ENGINE_IS_SILENT = auto()
+
+
+class StreamRelay:
+    """Copies one committed stream to one client. Use: `await StreamRelay(...).run()`."""
+
+    def __init__(
+        self,
+        request: web.BaseRequest,
+        call: EngineCall,
+        *,
+        idle_timeout_s: float,
+        expects_done: bool,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        self._request = request
+        self._call = call
+        self._idle_timeout_s = idle_timeout_s
+        self._expects_done = expects_done
+        self._on_progress = on_progress
+        self._transport = cast(asyncio.Transport, request.transport)
+        self._is_chunked = False
+        self._counter = EventCounter()
+        self._gaps = GapHistogram()
+        self._loop = asyncio.get_running_loop()
+        self._pieces: list[bytes] = []
+        self._tail = b""
+        """The beginning of an event whose end has not come yet."""
+        self._heard_at = self._event_at = self._loop.time()
+        self._events = 0
+        self._reported_events = 0
+        self._failure: str | None = None
+        self._is_ended = False
+        self._turn: asyncio.Future[Turn] = self._loop.create_future()
+        self._idle_timer = self._loop.call_later(idle_timeout_s, self._check_idle)
+
+    async def run(self, response: web.StreamResponse) -> StreamEnd:
+        """Relays until the stream is over. Raises ConnectionError or CancelledError when the client is gone."""
+        try:
+            await response.prepare(self._request)
+            self._is_chunked = bool(response.chunked)
+            await self._send_first(response)
+            self._call.relay_to(self)
+            while not self._is_ended or self._turn.done():
+                await self._next_turn()
+        finally:
+            self._idle_timer.cancel()
+        if self._failure is not None:
+            await response.write(b"data: " + refusal(EngineUnavailable(self._failure)) + b"\n\n")
+        return self._end()
+
+    async def _send_first(self, response: web.StreamResponse) -> None:
+        """The held-back bytes in one write with the headers."""
+        whole = self._take_whole(self._call.take_held())
+        await response.write(whole)
+
+    async def _next_turn(self) -> None:
+        turn = await self._turn
+        self._turn = self._loop.create_future()
+        if turn is Turn.CLIENT_IS_SLOW:
+            await self._request.writer.drain()
+            self._heard_at = self._event_at = self._loop.time()  # the pause was the client's, not the engine's
+            self._call.resume()
+        elif turn is Turn.ENGINE_IS_SILENT:
+            self._call.close()
+            self._failure = f"the engine sent nothing for {self._idle_timeout_s:g} s"
+            self._is_ended = True
+
+    # ---- BodySink: called from the engine connection ----------------------------------------------------------------
+
+    def data(self, data: bytes) -> None:
+        self._pieces.append(data)
+
+    def flush(self) -> None:
+        if not self._pieces:
+            return
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        whole = self._take_whole(data)
+        if not whole or self._transport.is_closing():
+            return
+        self._transport.write(b"%x\r\n%b\r\n" % (len(whole), whole) if self._is_chunked else whole)
+        if self._request.protocol.writing_paused:
+            self._call.pause()
+            self._wake(Turn.CLIENT_IS_SLOW)
+
+    def end(self) -> None:
+        is_complete = self._counter.is_done or self._counter.is_error or not self._expects_done
+        if is_complete and not self._tail:
+            self._wake(Turn.ENDED)
+        else:
+            self._fail("the engine's stream ended early")
+
+    def broken(self, cause: Cause, detail: str) -> None:
+        self._fail(f"the engine's stream broke: {detail}")
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _take_whole(self, data: bytes) -> bytes:
+        """The whole events in `data` and what was left before it; the rest is kept. Counts and times the events."""
+        self._heard_at = self._loop.time()
+        if self._tail:
+            data, self._tail = self._tail + data, b""
+        if not data.endswith(b"\n\n"):
+            cut = last_boundary(data)
+            data, self._tail = data[:cut], data[cut:]
+        try:
+            if len(self._tail) > MAX_EVENT_BYTES:
+                raise MalformedEngineData(f"the engine sent an event of more than {MAX_EVENT_BYTES} bytes")
+            events = self._counter.feed(data) if data else 0
+        except MalformedEngineData as error:
+            self._call.close()
+            self._fail(error.message)
+            return b""
+        if events:
+            self._take_time(events)
+        return data
+
+    def _take_time(self, events: int) -> None:
+        if self._events:
+            self._gaps.add(self._heard_at - self._event_at, events)
+        self._event_at = self._heard_at
+        self._events += events
+        if self._events - self._reported_events >= PROGRESS_EVENTS:
+            self._reported_events = self._events
+            self._on_progress(self._events)
+
+    def _check_idle(self) -> None:
+        """Runs about once per limit, not per chunk: looks how long ago the last bytes came."""
+        silent_s = self._loop.time() - self._heard_at
+        is_paused = self._request.protocol.writing_paused
+        if silent_s >= self._idle_timeout_s and not is_paused:
+            self._wake(Turn.ENGINE_IS_SILENT)
+            return
+        left_s = self._idle_timeout_s if is_paused else self._idle_timeout_s - silent_s
+        self._idle_timer = self._loop.call_later(left_s, self._check_idle)
+
+    def _fail(self, failure: str) -> None:
+        self._failure = failure
+        self._wake(Turn.ENDED)
+
+    def _wake(self, turn: Turn) -> None:
+        """Wakes the coroutine. An end that comes while it waits for a slow client is seen when it is done with that."""
+        if turn is Turn.ENDED:
+            self._is_ended = True
+        if not self._turn.done():
+            self._turn.set_result(turn)
+
+    def _end(self) -> StreamEnd:
+        told = usage(self._counter.last_data) or Usage()
+        return StreamEnd(
+            output_tokens=self._events if told.output_tokens is None else told.output_tokens,
+            prompt_tokens=told.prompt_tokens,
+            cached_tokens=told.cached_tokens,
+            tbt_s=self._gaps.slow_mean_s,
+            failure=self._failure or ("the engine reported an error" if self._counter.is_error else None),
+        )
+
+
+def last_boundary(data: bytes) -> int:
+    """Where the last whole event of `data` ends: the offset after its blank line, 0 when there is none."""
+    ends = (data.rfind(separator) + len(separator) for separator in BLANK_LINES if separator in data)
+    return max(ends, default=0)

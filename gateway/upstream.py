@@ -1,0 +1,256 @@
+"""Connections to engines: HTTP/1.1 over asyncio.Protocol and httptools, pooled per engine.
+
+aiohttp's client serves all control traffic; this one exists because a token is one `data_received` here and nothing
+else (design section 7). It speaks just what engines speak: one request at a time on a connection, bodies known in full
+before they are sent, responses with a length, chunked, or ended by close. Idle connections are dropped before the
+engine drops them (uvicorn: 5 s), because a POST that meets a closing connection cannot be told from one that was lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from adapters.base import Cause
+
+MAX_HEAD_BYTES = 65_536
+"""A response head beyond this is garbage. Precedent: aiohttp and h11 refuse far smaller ones."""
+
+
+class ResponseSink(Protocol):
+    """Where a response goes, piece by piece, on the event loop. `end` or `broken` comes last, exactly once."""
+
+    def head(self, status: int, headers: dict[bytes, bytes]) -> None:
+        """Status and headers arrived; names in lower case."""
+
+    def body(self, data: bytes) -> None:
+        """A piece of the body arrived."""
+
+    def flush(self) -> None:
+        """All pieces of one read from the socket were given."""
+
+    def end(self) -> None:
+        """The response is complete."""
+
+    def broken(self, cause: Cause, detail: str) -> None:
+        """No more will come, and what came is not complete."""
+
+
+class EngineConnection(asyncio.Protocol):
+    """One connection. `send` starts a response into a sink; a complete one gives the connection back to its pool."""
+
+    def __init__(
+        self, on_idle: Callable[[EngineConnection], None], on_closed: Callable[[EngineConnection], None]
+    ) -> None:
+        self._on_idle = on_idle
+        self._on_closed = on_closed
+        self._transport: asyncio.Transport | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._sink: ResponseSink | None = None
+        self._headers: dict[bytes, bytes] = {}
+        self._head_bytes = 0
+        self._is_head_done = False
+        self._is_until_close = False
+        self.idle_since = 0.0
+        self.is_reused = False
+        self.has_answered = False
+        """Whether any byte of the current response arrived."""
+
+    # ---- used by the caller -----------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, request: bytes, body: bytes, sink: ResponseSink) -> None:
+        """Sends one request; the response goes to `sink`. The connection must be open and idle."""
+        assert self._transport is not None
+        assert self._sink is None, "one request at a time"
+        self._sink = sink
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers, self._head_bytes = {}, 0
+        self._is_head_done = self._is_until_close = self.has_answered = False
+        self._transport.writelines((request, body))
+
+    def abort(self) -> None:
+        """Closes at once and tells the sink nothing more. To an engine this is the order to abort the request."""
+        self._sink = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    def pause(self) -> None:
+        """Stops reading: the engine's send buffer fills and it stops too."""
+        if self.is_open and self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Reads on."""
+        if self.is_open and self._transport is not None:
+            self._transport.resume_reading()
+
+    # ---- asyncio.Protocol -------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._sink is None or self._parser is None:
+            self.abort()  # bytes nobody asked for
+            return
+        self.has_answered = True
+        if not self._is_head_done:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._fail(Cause.GARBAGE, f"not HTTP: {error}")
+            return
+        if not self._is_head_done and self._head_bytes > MAX_HEAD_BYTES:
+            self._fail(Cause.GARBAGE, f"response head over {MAX_HEAD_BYTES} bytes")
+        elif self._sink is not None:
+            self._sink.flush()
+
+    def eof_received(self) -> bool:
+        if self._is_until_close and self._sink is not None:
+            sink, self._sink = self._sink, None
+            sink.end()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._on_closed(self)
+        if self._sink is not None:
+            self._fail(Cause.LOST, str(exc) if exc else "connection closed by the engine")
+
+    def _fail(self, cause: Cause, detail: str) -> None:
+        sink, self._sink = self._sink, None
+        self.abort()
+        if sink is not None:
+            sink.broken(cause, detail)
+
+    # ---- httptools callbacks ----------------------------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        assert self._parser is not None
+        status = self._parser.get_status_code()
+        if status < 200:
+            return
+        self._is_head_done = True
+        headers = self._headers
+        self._is_until_close = b"content-length" not in headers and b"transfer-encoding" not in headers
+        if self._sink is not None:
+            self._sink.head(status, headers)
+
+    def on_body(self, data: bytes) -> None:
+        if self._sink is not None:
+            self._sink.body(data)
+
+    def on_message_complete(self) -> None:
+        assert self._parser is not None
+        if not self._is_head_done:  # an interim response (1xx): the real one follows
+            self._headers = {}
+            return
+        sink, self._sink = self._sink, None
+        if sink is None:
+            return
+        if self._parser.should_keep_alive() and self.is_open:
+            self._on_idle(self)
+        elif self._transport is not None:
+            self._transport.close()
+        sink.flush()
+        sink.end()
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where an engine listens."""
+
+    host: str
+    port: int
+    is_tls: bool
+
+    @classmethod
+    def of(cls, url: str) -> Address:
+        """From an http or https URL."""
+        parts = urlsplit(url)
+        is_tls = parts.scheme == "https"
+        return cls(parts.hostname or "", parts.port or (443 if is_tls else 80), is_tls)
+
+    @property
+    def host_header(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+class ConnectionPool:
+    """Connections to one engine. Any number may be busy (the scheduler bounds requests); `max_idle` are kept."""
+
+    def __init__(self, address: Address, *, keepalive_s: float, max_idle: int) -> None:
+        self.address = address
+        self._keepalive_s = keepalive_s
+        self._max_idle = max_idle
+        self._idle: deque[EngineConnection] = deque()
+        self._open: set[EngineConnection] = set()
+        self._loop = asyncio.get_running_loop()
+        self._sweep: asyncio.TimerHandle | None = None
+
+    @property
+    def open_count(self) -> int:
+        return len(self._open)
+
+    def idle(self) -> EngineConnection | None:
+        """The connection used last, if one is idle and young enough; None otherwise."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open and self._loop.time() - connection.idle_since < self._keepalive_s:
+                connection.is_reused = True
+                return connection
+            connection.abort()
+        return None
+
+    async def connect(self) -> EngineConnection:
+        """A new connection. Raises OSError when the engine refuses it."""
+        _, connection = await self._loop.create_connection(
+            lambda: EngineConnection(self._became_idle, self._closed),
+            self.address.host,
+            self.address.port,
+            ssl=True if self.address.is_tls else None,
+        )
+        self._open.add(connection)
+        return connection
+
+    def close(self) -> None:
+        """Aborts every connection, busy ones too."""
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for connection in list(self._open):
+            connection.abort()
+        self._idle.clear()
+
+    def _became_idle(self, connection: EngineConnection) -> None:
+        connection.idle_since = self._loop.time()
+        self._idle.append(connection)
+        if len(self._idle) > self._max_idle:
+            self._idle.popleft().abort()
+        if self._sweep is None:
+            self._sweep = self._loop.call_later(self._keepalive_s, self._drop_old)
+
+    def _drop_old(self) -> None:
+        oldest_at = self._loop.time() - self._keepalive_s
+        while self._idle and self._idle[0].idle_since <= oldest_at:
+            self._idle.popleft().abort()
+        self._sweep = self._loop.call_later(self._keepalive_s, self._drop_old) if self._idle else None
+
+    def _closed(self, connection: EngineConnection) -> None:
+        self._open.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
