@@ -120,7 +120,8 @@ class VllmEngine:
         command = [str(self._python), "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", self._model.name, "--served-model-name", MODEL]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", str(MAX_MODEL_TOKENS)]
-        command += ["--dtype", "float32", "--enforce-eager", "--enable-prefix-caching", "--enable-prompt-tokens-details"]
+        command += ["--dtype", "float32", "--enforce-eager"]
+        command += ["--enable-prefix-caching", "--enable-prompt-tokens-details"]
         if self.spec.role in KV_ROLES:
             command += ["--kv-transfer-config", json.dumps(self._kv_transfer_config())]
         if self.spec.publishes_kv_events:
