@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 
+from adapters.answers import Usage, usage
 from adapters.base import (
     Adapter,
     Answer,
@@ -50,6 +51,8 @@ class Whole:
     decided: Decided
     dispatch: Dispatch
     answer: Answer
+    usage: Usage | None
+    """What the engine counted, where it told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +243,7 @@ class Dispatcher:
                 case Retry():
                     return result
                 case Answer():
-                    self._driver.apply(Finished(request.id))
-                    return Whole(decided, dispatch, result)
+                    return self._finish_whole(request, decided, dispatch, result)
                 case EngineCall():
                     self._driver.apply(FirstToken(request.id))
                     end = await stream(result, decided, dispatch)
@@ -255,6 +257,19 @@ class Dispatcher:
         """Fails the calls to that engine that have shown nothing yet, so that they are tried elsewhere now."""
         for attempt in list(self._attempts):
             attempt.engine_down(engine_id, detail)
+
+    def _finish_whole(self, request: Request, decided: Decided, dispatch: Dispatch, answer: Answer) -> Whole:
+        told = usage(answer.body) if answer.status == 200 else None
+        counts = told or Usage()
+        self._driver.apply(
+            Finished(
+                request.id,
+                output_tokens=counts.output_tokens,
+                prompt_tokens=counts.prompt_tokens,
+                cached_tokens=counts.cached_tokens,
+            )
+        )
+        return Whole(decided, dispatch, answer, told)
 
     def _finish_stream(self, request: Request, end: StreamEnd) -> None:
         finished = Finished(

@@ -45,7 +45,7 @@ from adapters.base import (
     Prefilled,
     Retry,
 )
-from adapters.vllm import verdict
+from adapters.vllm import bodies, verdict
 from gateway.core.errors import MalformedEngineData
 from gateway.core.types import Engine
 
@@ -135,7 +135,7 @@ class NixlPull:
     def start(self) -> list[Command]:
         """The prefill call."""
         kept = {name: value for name, value in self.payload.body.items() if name not in PREFILL_DROPS}
-        return [self._call(Leg.PREFILL, self.prefill, kept | PREFILL_SETS)]
+        return [self._call(Leg.PREFILL, self.prefill, bodies.encode(self.payload, kept | PREFILL_SETS))]
 
     def receive(self, happening: Happening) -> list[Command]:
         """What to do now. Nothing for a leg that is not open."""
@@ -173,12 +173,11 @@ class NixlPull:
         return [Prefilled(told.prompt_tokens, cached_tokens), self._decode_call(transfer.params if transfer else None)]
 
     def _decode_call(self, params: msgspec.Raw | None) -> Call:
-        body = self.payload.body
         if params is None:
-            return self._call(Leg.DECODE, self.decode, body, is_answer=True)
+            return self._call(Leg.DECODE, self.decode, bodies.encode(self.payload, self.payload.body), is_answer=True)
         # A stream's head comes when the engine has the request; a whole answer's head only when all is generated.
         head_within_s = self.lease_s if self.payload.is_stream else None
-        body = {**body, "kv_transfer_params": params}
+        body = bodies.encode(self.payload, self.payload.body, params)
         return self._call(
             Leg.DECODE, self.decode, body, is_answer=True, is_replayable=False, head_within_s=head_within_s
         )
@@ -187,11 +186,11 @@ class NixlPull:
         self,
         leg: Leg,
         engine: Engine,
-        body: dict[str, object],
+        body: bytes,
         *,
         is_answer: bool = False,
         is_replayable: bool = True,
         head_within_s: float | None = None,
     ) -> Call:
-        headers, encoded = verdict.leg_headers(self.payload), msgspec.json.encode(body)
-        return Call(leg, engine, self.payload.path, encoded, headers, is_answer, is_replayable, head_within_s)
+        headers = verdict.leg_headers(self.payload)
+        return Call(leg, engine, self.payload.path, body, headers, is_answer, is_replayable, head_within_s)

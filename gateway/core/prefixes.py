@@ -44,6 +44,10 @@ class PrefixSource(StrEnum):
     UNKNOWN = "unknown"
 
 
+SOURCES = tuple(PrefixSource)
+"""Best first."""
+
+
 @dataclass(frozen=True, slots=True)
 class SourceChange:
     """An engine's source changed, and why."""
@@ -51,6 +55,8 @@ class SourceChange:
     engine_id: str
     source: PrefixSource
     reason: str
+    is_worse: bool
+    """Whether less is known than before."""
 
 
 @dataclass(slots=True)
@@ -252,8 +258,9 @@ class Prefixes:
             return
         if source is not PrefixSource.EVENTS:
             known.sent.clear()
+        is_worse = SOURCES.index(source) > SOURCES.index(known.source)
         known.source = source
-        self._changes.append(SourceChange(known.engine.id, source, reason))
+        self._changes.append(SourceChange(known.engine.id, source, reason, is_worse))
 
     def _observe_anew(self, known: _Known) -> None:
         """Starts the model of the engine's cache from nothing, if its size is known."""

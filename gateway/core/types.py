@@ -51,6 +51,9 @@ class Engine:
     max_in_flight: int | None = None
     """Requests at once; None: the admission limit of all engines."""
     models: tuple[str, ...] = ()
+    """Every name it serves, LoRA adapters included."""
+    lora_names: tuple[str, ...] = ()
+    """Of these, the LoRA adapters: their KV blocks are not those of the base model."""
     block_tokens: int | None = None
     kv_capacity_tokens: int | None = None
     max_model_tokens: int | None = None
