@@ -57,6 +57,7 @@ class Gateway:
     url: str
     driver: Driver
     directory: Directory
+    dispatcher: Dispatcher
 
 
 def scheduler_of(config: Config, *, seed: int) -> Scheduler:
@@ -171,7 +172,7 @@ async def running(config: Config) -> AsyncIterator[Gateway]:
         url = await listen(runner, config)
         async with beside(watch.run(directory.follow())), beside(feeds.run()):
             try:
-                yield Gateway(url, driver, directory)
+                yield Gateway(url, driver, directory, dispatcher)
             finally:
                 await runner.cleanup()
     finally:

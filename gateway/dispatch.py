@@ -205,6 +205,11 @@ class Dispatcher:
         self._limits = limits
         self._attempts: set[Attempt] = set()
 
+    @property
+    def running_count(self) -> int:
+        """Attempts under way."""
+        return len(self._attempts)
+
     async def serve(self, request: Request, payload: Payload, stream: StreamAnswer) -> Refused | Whole | Streamed:
         """Serves one request to its end. Cancelling it hangs up and releases everything."""
         failure: Retry | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from secrets import token_hex
 
 import msgspec
 import structlog
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from adapters.answers import error_body, models_body, refusal
 from adapters.base import Retry
@@ -39,6 +38,7 @@ from gateway.driver import Decided, Driver
 from gateway.engine_call import EngineCall
 from gateway.gather import Gather, Gathered
 from gateway.relay import StreamRelay
+from gateway.server import SERVER_NAME
 
 log = structlog.get_logger("sluice.request")
 
@@ -87,12 +87,11 @@ class Exchanged:
     began_at: float
     model: str | None = None
     outcome: str = "error"
-    attempts: int = 0
     dispatch: Dispatch | None = None
 
     def headers(self) -> dict[str, str]:
         """Headers of every answer."""
-        return {"x-request-id": self.echoed_id}
+        return {"server": SERVER_NAME, "x-request-id": self.echoed_id}
 
 
 def explain(exchanged: Exchanged, decided: Decided, dispatch: Dispatch) -> dict[str, str]:
@@ -177,7 +176,8 @@ class Handlers:
             response.content_type = "text/event-stream"
             response.headers["cache-control"] = "no-cache"
             response.headers["x-accel-buffering"] = "no"
-            response.enable_chunked_encoding()
+            if request.version >= HttpVersion11:
+                response.enable_chunked_encoding()
             streamed.append(response)
             relay = StreamRelay(
                 request,
@@ -192,7 +192,7 @@ class Handlers:
         self._learn_length(gathered, ending)
         match ending:
             case Refused(decided, reject, failure):
-                exchanged.outcome, exchanged.attempts = reject.reason, 0
+                exchanged.outcome = reject.reason
                 return self._refused(reject, failure, exchanged)
             case Whole(decided, dispatch, answer):
                 exchanged.outcome, exchanged.dispatch = "served", dispatch
@@ -294,8 +294,3 @@ class Handlers:
             attempts=exchanged.dispatch.attempt if exchanged.dispatch else None,
             duration_s=round(self._driver.now() - exchanged.began_at, 4),
         )
-
-
-def started_now() -> float:
-    """Unix time, for the `created` field of the model list."""
-    return time.time()
