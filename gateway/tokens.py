@@ -88,7 +88,11 @@ class PromptTokens:
         self._own = dict(own)
         self._limits = limits
         self._ratios = TokenRatios(first_ratio)
+        self._waiting_count = 0
         self._jobs: dict[_Job, Future[Ids]] = {}
+        # One piece of work more than threads, so that no thread idles; the rest wait in the loop, where waiting costs
+        # next to nothing and a caller that leaves is gone at once.
+        self._room = asyncio.Semaphore(limits.threads + 1)
         self._threads = ThreadPoolExecutor(max_workers=limits.threads, thread_name_prefix="tokens")
 
     async def tokenise(self, payload: Payload, *, ask_engine: AskEngine | None = None) -> Tokenised:
@@ -148,24 +152,32 @@ class PromptTokens:
 
     async def _in_thread(self, work: Callable[[_Job], Ids]) -> Ids:
         """What `work` gives, run in a thread; raises NotRenderable when there is no room or no time."""
-        if len(self._jobs) >= self._limits.waiting_count:
+        if self._waiting_count >= self._limits.waiting_count:
             raise NotRenderable(Obstacle.BUSY)
-        job = _Job()
+        self._waiting_count += 1
         try:
-            future = self._jobs[job] = self._threads.submit(_run, work, job)
-        except RuntimeError as error:  # the threads are shut down
-            raise NotRenderable(Obstacle.BUSY, "closed") from error
-        future.add_done_callback(lambda _: self._jobs.pop(job, None))
-        try:
-            async with asyncio.timeout(self._limits.exact_s):
-                return await asyncio.wrap_future(future)
+            async with asyncio.timeout(self._limits.exact_s), self._room:
+                return await self._run(work)
         except TimeoutError as error:
             raise NotRenderable(Obstacle.TIMEOUT) from error
+        finally:
+            self._waiting_count -= 1
+
+    async def _run(self, work: Callable[[_Job], Ids]) -> Ids:
+        job = _Job()
+        try:
+            future = self._threads.submit(_unless_abandoned, work, job)
+        except RuntimeError as error:  # the threads are shut down
+            raise NotRenderable(Obstacle.BUSY, "closed") from error
+        self._jobs[job] = future
+        future.add_done_callback(lambda _: self._jobs.pop(job, None))
+        try:
+            return await asyncio.wrap_future(future)
         finally:
             job.is_abandoned = True
 
 
-def _run(work: Callable[[_Job], Ids], job: _Job) -> Ids:
+def _unless_abandoned(work: Callable[[_Job], Ids], job: _Job) -> Ids:
     if job.is_abandoned:
         raise NotRenderable(Obstacle.TIMEOUT, "nobody waits any more")
     return work(job)
