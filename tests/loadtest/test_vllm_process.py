@@ -96,7 +96,7 @@ def test_unread_bytes_are_those_nobody_has_taken_from_the_socket(tmp_path: Path)
         socket.create_connection(address) as client,
         server.accept()[0] as end,
     ):
-        one.sendall(b"x" * 5000)
+        client.sendall(b"x" * 5000)
         end.recv(5000, socket.MSG_PEEK | socket.MSG_WAITALL)
         assert frozen.unread_bytes() == 5000
         end.recv(5000, socket.MSG_WAITALL)
