@@ -159,7 +159,7 @@ class WatchSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Seconds after which an unanswered probe counts as a failure."""
     report_stale_s: Seconds = 3.0
     """Age in seconds at which a report no longer says how busy an engine is; above `report_interval_s`."""
-    failures_to_down: Annotated[int, Meta(ge=1, le=1_000)] = 2
+    failures_to_down: Annotated[int, Meta(ge=1, le=1_000)] = 3
     """Consecutive failed probes (a count) that make an engine down."""
 
 

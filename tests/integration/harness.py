@@ -27,7 +27,7 @@ DEADLINE_S = 5.0
 MODEL = "emulated"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 QUICK_WATCH = WatchSettings(
-    health_interval_s=0.05, report_interval_s=0.05, timeout_s=0.25, report_stale_s=1.0, failures_to_down=2
+    health_interval_s=0.05, report_interval_s=0.05, timeout_s=1.0, report_stale_s=1.0, failures_to_down=2
 )
 
 Condition: TypeAlias = Callable[[], bool] | Callable[[], Awaitable[bool]]
