@@ -40,6 +40,13 @@ class Stage:
         return [load.engine.id for load in self.loads]
 
     @property
+    def does_both(self) -> NDArray[np.bool_]:
+        """Whether each candidate would do both stages itself, shape (candidates,)."""
+        pairs = self.pairs
+        columns = zip(pairs.prefill_row[self.rows], pairs.decode_row[self.rows], strict=True)
+        return np.array([pairs.prefills[p].engine.id == pairs.decodes[d].engine.id for p, d in columns], dtype=bool)
+
+    @property
     def own_counts(self) -> NDArray[np.float64]:
         """Requests that this gateway has in flight on each candidate, shape (candidates,)."""
         return np.array([load.own_count for load in self.loads], dtype=float)
@@ -62,6 +69,11 @@ Rule: TypeAlias = Callable[[Stage], Costs]
 def fewest_in_flight(stage: Stage) -> Costs:
     """The requests that this gateway has in flight on each candidate."""
     return stage.own_counts
+
+
+def predicted_tbt(stage: Stage) -> Costs:
+    """Predicted TBT with the request on each candidate of the decode stage, seconds."""
+    return stage.pairs.tbt_s[stage.rows]
 
 
 def prefill_then_decode(pairs: PairTable, prefill_rule: Rule, decode_rule: Rule) -> Costs:

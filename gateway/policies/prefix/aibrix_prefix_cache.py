@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gateway.core.interfaces import PairTable
-from gateway.core.types import Dispatch, Request, Role
+from gateway.core.types import Dispatch, Request
 from gateway.policies.approximate_index import ApproximateIndex
 from gateway.policies.prompt_blocks import prompt_blocks
 from gateway.policies.stage import Costs, Stage, lexicographic, prefill_then_decode
@@ -55,7 +55,7 @@ class AibrixPrefixCacheChooser:
 
         def prefill_rule(stage: Stage) -> Costs:
             match_ratio = self._match_ratio(request, stage, now)
-            if all(load.engine.role is Role.BOTH for load in stage.loads):
+            if stage.does_both.all():
                 return self.whole_costs(stage.own_counts, match_ratio)
             return self.prefill_costs(stage.own_counts, match_ratio)
 

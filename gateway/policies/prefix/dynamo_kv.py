@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gateway.core.interfaces import PairTable
-from gateway.core.types import Dispatch, Request, Role
+from gateway.core.types import Dispatch, Request
 from gateway.policies.lottery import draw_order, draw_weighted
 from gateway.policies.settings import require
 from gateway.policies.stage import Costs, Stage, lexicographic, prefill_then_decode
@@ -76,8 +76,7 @@ class DynamoKvChooser:
         decay = 1 / (1 + settings.credit_decay * (active_tokens - active_tokens.min()) / size / new_blocks)
         credit = settings.overlap_credit * decay * (stage.held_tokens // size)
         costs: Costs = settings.prefill_load_scale * np.maximum(0.0, active_tokens / size + new_blocks - credit)
-        is_both = np.array([load.engine.role is Role.BOTH for load in stage.loads], dtype=bool)
-        costs += np.where(is_both, self._decode_blocks(request, stage), 0.0)
+        costs += np.where(stage.does_both, self._decode_blocks(request, stage), 0.0)
         costs += settings.active_request_weight * stage.own_counts
         return costs
 
