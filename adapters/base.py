@@ -90,13 +90,15 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
-    """Something the core wants to hear: the prefill leg is done."""
+class Prefilled:
+    """The prefill leg is done; the core wants to hear. Counts are the engine's own, None where it did not say."""
 
-    prefill_done: bool = True
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    """Prompt tokens that the prefill engine found in its cache."""
 
 
-Command: TypeAlias = Call | Hangup | Commit | Retry | Answer | Note
+Command: TypeAlias = Call | Hangup | Commit | Retry | Answer | Prefilled
 
 # ---- events: what happened ------------------------------------------------------------------------------------------
 

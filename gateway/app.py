@@ -18,6 +18,7 @@ import uvloop
 from aiohttp import web
 
 from adapters import ADAPTERS
+from adapters.base import Adapter
 from gateway import logs
 from gateway.config import Config
 from gateway.core.admission import AdmissionLimits
@@ -34,6 +35,7 @@ from gateway.plugins import plug_in
 from gateway.policies import POLICIES
 from gateway.prompt_length import PromptLength
 from gateway.server import Server
+from gateway.tasks import beside
 from gateway.watch import Watch, WatchLimits
 from predictors import PREDICTORS, predictor
 
@@ -61,6 +63,7 @@ def scheduler_of(config: Config, *, seed: int) -> Scheduler:
             max_attempts=config.admission.max_attempts,
         ),
         rng=random.Random(seed),
+        max_blocks=config.index.max_blocks,
     )
 
 
@@ -68,6 +71,13 @@ def predictor_of(config: Config) -> Predictor:
     """The predictor that the settings ask for: one of the table, or `module:Class`. Raises ConfigError."""
     name, settings = config.predictor.name, config.predictor.settings
     return plug_in("predictor", PREDICTORS, name, settings) if ":" in name else predictor(name, **settings)
+
+
+def adapters_of(config: Config) -> dict[str, Adapter]:
+    """Adapter by name: all of the table, and those outside the tree that engines name. Raises ConfigError."""
+    settings = {"vllm": {"lease_s": config.admission.lease_s}}
+    names = [*ADAPTERS, *sorted({engine.adapter for engine in config.engines} - ADAPTERS.keys())]
+    return {name: plug_in("adapter", ADAPTERS, name, settings.get(name, {})) for name in names}
 
 
 def journal_of(config: Config) -> Journal:
@@ -83,10 +93,7 @@ def journal_of(config: Config) -> Journal:
 @contextlib.asynccontextmanager
 async def running(config: Config) -> AsyncIterator[Gateway]:
     """A gateway that serves inside this block. Raises ConfigError when the port is taken."""
-    adapters = {name: adapter() for name, adapter in ADAPTERS.items()}
-    for row, engine in enumerate(config.engines):
-        if engine.adapter not in adapters:
-            raise ConfigError(f"engines[{row}].adapter: unknown {engine.adapter!r}; known: {', '.join(adapters)}")
+    adapters = adapters_of(config)
     directory = Directory(config, os.environ)
     journal = journal_of(config)
     client = config.engine_client
@@ -134,13 +141,11 @@ async def running(config: Config) -> AsyncIterator[Gateway]:
     )
     try:
         url = await listen(runner, config)
-        async with asyncio.TaskGroup() as group:
-            watching = group.create_task(watch.run(directory.follow()))
+        async with beside(watch.run(directory.follow())):
             try:
                 yield Gateway(url, driver, directory)
             finally:
                 await runner.cleanup()
-                watching.cancel()
     finally:
         await runner.cleanup()
         engines.close()
@@ -179,8 +184,5 @@ async def serve_until_stopped(config: Config) -> None:
 def serve(config: Config) -> int:
     """Runs the gateway until it is stopped; returns the exit code. Raises ConfigError."""
     logs.configure(config.log)
-    try:
-        uvloop.run(serve_until_stopped(config))
-    except* ConfigError as errors:
-        raise errors.exceptions[0] from None
+    uvloop.run(serve_until_stopped(config))
     return 0

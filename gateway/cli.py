@@ -13,19 +13,22 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gateway.core.errors import ConfigError
+from gateway.core.errors import ConfigError, GatewayError
 
 if TYPE_CHECKING:
     from gateway.config import Config
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("answer requests in front of engines", "gateway.cli:serve"),
+    "demo": ("a whole pool on this machine, with load: engines, gateway, client", "loadtest.demo:main"),
+    "replay": ("send a trace or a generated workload to a gateway and report", "loadtest.replay:main"),
     "check-config": ("print every setting as a configuration file resolves it", "gateway.cli:check_config"),
     "version": ("print the version", "gateway.cli:version"),
 }
 
 USER_ERROR = 2
 """Exit code for what the user got wrong; the same as argparse's own."""
+FAILED = 1
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 plus SIGINT."""
 
@@ -37,9 +40,9 @@ def main(words: Sequence[str] | None = None) -> int:
         command = _choose(words)
         code = command(words[1:])
         sys.stdout.flush()
-    except ConfigError as error:
+    except GatewayError as error:
         print(f"sluice: {error.message}", file=sys.stderr)
-        return USER_ERROR
+        return USER_ERROR if isinstance(error, ConfigError) else FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -188,13 +188,6 @@ class PredictorSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Fields of that predictor, with its own units and ranges."""
 
 
-class StoreSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where gateways share what they know."""
-
-    name: Name = "memory"
-    """A name in the table of stores, or `module:Class`; at most 256 characters."""
-
-
 class LogSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Log lines on standard error."""
 
@@ -211,13 +204,6 @@ class JournalSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """File that is written; not set: no journal."""
     max_bytes: Bytes = 2**30
     """Most bytes the journal takes on disk."""
-
-
-class TrustSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is believed of clients."""
-
-    forwarded_headers: bool = False
-    """true or false: accept routing-internal headers, because only trusted proxies can connect."""
 
 
 class IndexSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -257,14 +243,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[policy]`."""
     predictor: PredictorSettings = PredictorSettings()
     """`[predictor]`."""
-    store: StoreSettings = StoreSettings()
-    """`[store]`."""
     log: LogSettings = LogSettings()
     """`[log]`."""
     journal: JournalSettings = JournalSettings()
     """`[journal]`."""
-    trust: TrustSettings = TrustSettings()
-    """`[trust]`."""
     index: IndexSettings = IndexSettings()
     """`[index]`."""
     tokens: TokenSettings = TokenSettings()

@@ -13,7 +13,20 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 
-from adapters.base import Adapter, Answer, Call, Command, Commit, Exchange, Hangup, Happening, Leg, Note, Payload, Retry
+from adapters.base import (
+    Adapter,
+    Answer,
+    Call,
+    Command,
+    Commit,
+    Exchange,
+    Hangup,
+    Happening,
+    Leg,
+    Payload,
+    Prefilled,
+    Retry,
+)
 from gateway.core.events import AttemptFailed, EngineHealth, Finished, FirstToken, Left, PrefillDone
 from gateway.core.types import Dispatch, Engine, Health, Reject, Request
 from gateway.driver import Decided, Driver
@@ -114,11 +127,13 @@ class Engines:
 class Attempt:
     """One Exchange under way. `close` hangs up whatever is still open; it may be called at any time, and again."""
 
-    def __init__(self, exchange: Exchange, engines: Engines, limits: CallLimits, on_prefill_done: Callable[[], None]):
+    def __init__(
+        self, exchange: Exchange, engines: Engines, limits: CallLimits, on_prefilled: Callable[[Prefilled], None]
+    ):
         self._exchange = exchange
         self._engines = engines
         self._limits = limits
-        self._on_prefill_done = on_prefill_done
+        self._on_prefilled = on_prefilled
         self._calls: dict[Leg, EngineCall] = {}
         self._happenings: asyncio.Queue[Happening | StaleConnection] = asyncio.Queue()
 
@@ -156,8 +171,8 @@ class Attempt:
                     to_send.append(call)
                 case Hangup(leg):
                     self._calls[leg].close()
-                case Note():
-                    self._on_prefill_done()
+                case Prefilled() as prefilled:
+                    self._on_prefilled(prefilled)
                 case Commit():
                     result = next(call for call in self._calls.values() if call.call.is_answer)
                 case Retry() | Answer() as ending:
@@ -213,7 +228,11 @@ class Dispatcher:
         if prefill is None or decode is None:  # it left between the decision and this turn of the loop
             return Retry(dispatch.estimate.prefill if prefill is None else dispatch.estimate.decode, "engine_left")
         exchange = self._adapters[decode.adapter].open(payload, prefill, decode)
-        attempt = Attempt(exchange, self._engines, self._limits, lambda: self._driver.apply(PrefillDone(request.id)))
+
+        def prefilled(told: Prefilled) -> None:
+            self._driver.apply(PrefillDone(request.id, told.prompt_tokens, told.cached_tokens))
+
+        attempt = Attempt(exchange, self._engines, self._limits, prefilled)
         self._attempts.add(attempt)
         try:
             result = await attempt.result()

@@ -194,7 +194,9 @@ class Engine:
         if had_room or not self._running:
             self._admit(budget, at, decodes, chunks, out)
         if (decodes or chunks) and not self.is_crashed:
-            self._run = self._price(at, decodes, chunks)
+            # After a preemption nobody was admitted: the next step asks again whether the victim fits.
+            steps = self._steps_ahead(decodes) if had_room and not chunks else 1
+            self._run = self._price(at, decodes, chunks, steps=steps)
 
     def _make_room(self, at: float, out: list[Outcome]) -> bool:
         """Preempts the latest requests until the others can take a step; whether nobody had to go."""
@@ -262,14 +264,14 @@ class Engine:
             sequence.cached_tokens = sequence.computed
             self.counters.prefix_query_tokens += known
             self.counters.prefix_hit_tokens += sequence.computed
+            self.counters.external_query_tokens += known - sequence.computed
         return True
 
-    def _price(self, at: float, decodes: list[Sequence], chunks: list[tuple[Sequence, int]]) -> Run:
+    def _price(self, at: float, decodes: list[Sequence], chunks: list[tuple[Sequence, int]], *, steps: int) -> Run:
         kv_tokens = sum(s.computed for s in decodes) + len(decodes)
         if chunks:
             sizes = [(count, s.computed) for s, count in chunks]
             return Run(at, chunks, decodes, 1, mixed_step_s(self._times, sizes, len(decodes), kv_tokens))
-        steps = self._steps_ahead(decodes)
         first_s = self._times.decode_s(len(decodes), kv_tokens)
         growth_s = 0.0
         if steps > 1:

@@ -1,7 +1,8 @@
 """Readers of published traces: files in, TraceRequest by TraceRequest out, with an error at the first doubtful line.
 
 A trace is read a line at a time and a line is bounded, so neither a huge file nor a huge line fills the memory. What
-does not parse is never skipped: a replay of most of a trace would look like a replay of the trace.
+does not parse is never skipped: a replay of most of a trace would look like a replay of the trace. One damage cannot be
+seen: a CSV file cut inside its very last number (the published Azure file itself ends without a newline).
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ import aiohttp
 
 from gateway.core.errors import GatewayError
 from gateway.core.types import Role
+from loadtest.leash import group_members, kill_group
 
 MODEL = "tiny"
 MAX_MODEL_TOKENS = 8192
@@ -93,20 +94,6 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def shared_memory_files(group: int) -> list[Path]:
-    """The files in /dev/shm that processes of the group have mapped: nobody removes them after a SIGKILL."""
-    inodes = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getpgid(int(process.name)) == group:
-                mapped = (process / "maps").read_text()
-                inodes |= {int(line.split()[4]) for line in mapped.splitlines() if "/dev/shm/" in line}
-        except OSError:
-            continue  # ended meanwhile, or another user's
-    # By inode, for a semaphore is mapped under a temporary name.
-    return [file for file in Path("/dev/shm").iterdir() if file.stat().st_ino in inodes]
-
-
 class VllmEngine:
     """One vLLM process and its ports, which stay the same over restarts."""
 
@@ -133,7 +120,8 @@ class VllmEngine:
         command = [str(self._python), "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", self._model.name, "--served-model-name", MODEL]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", str(MAX_MODEL_TOKENS)]
-        command += ["--enforce-eager", "--enable-prefix-caching", "--enable-prompt-tokens-details"]
+        command += ["--dtype", "float32", "--enforce-eager"]
+        command += ["--enable-prefix-caching", "--enable-prompt-tokens-details"]
         if self.spec.role in KV_ROLES:
             command += ["--kv-transfer-config", json.dumps(self._kv_transfer_config())]
         if self.spec.publishes_kv_events:
@@ -189,16 +177,16 @@ class VllmEngine:
     async def kill(self) -> None:
         """End the engine as a crash would: SIGKILL to all its processes at once."""
         if self._process is not None and self.is_running:
-            left_behind = shared_memory_files(self._process.pid)
-            os.killpg(self._process.pid, signal.SIGKILL)
+            kill_group(self._process.pid)
             await self._process.wait()
-            for file in left_behind:
-                file.unlink(missing_ok=True)
 
     def freeze(self) -> None:
-        """Stop all the engine's processes in their tracks: connections are still accepted, nothing is answered."""
+        """Stop the engine's processes in their tracks: connections are still accepted, nothing is answered."""
         if self._process is not None and self.is_running:
-            os.killpg(self._process.pid, signal.SIGSTOP)
+            leash = self._process.pid
+            for member in group_members(leash):
+                if member != leash:
+                    os.kill(member, signal.SIGSTOP)
 
     def unread_bytes(self) -> int:
         """Bytes sent to the engine's HTTP port that it has not read yet."""

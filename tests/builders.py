@@ -37,7 +37,11 @@ def a_dispatch(request_id: str = "r1", **fields: Any) -> Dispatch:
 def a_scheduler(*engines: Engine, health: Health = Health.UP, **limits: Any) -> Scheduler:
     """A scheduler that knows these engines, all of them up unless `health` says otherwise."""
     scheduler = Scheduler(
-        policy=LeastWork(), predictor=Online(), limits=AdmissionLimits(**limits), rng=random.Random(0)
+        policy=LeastWork(),
+        predictor=Online(),
+        limits=AdmissionLimits(**limits),
+        rng=random.Random(0),
+        max_blocks=4096,
     )
     for engine in engines:
         scheduler.apply(EngineFound(engine), now=0.0)

@@ -26,6 +26,7 @@ from gateway.core.events import (
     Event,
     Finished,
     FirstToken,
+    KvFeed,
     Left,
     PrefillDone,
     Progress,
@@ -40,6 +41,7 @@ from gateway.core.interfaces import (
     PrefillOutcome,
 )
 from gateway.core.pace import Pace
+from gateway.core.prefixes import Prefixes
 from gateway.core.types import (
     Decision,
     Dispatch,
@@ -58,8 +60,12 @@ RUNNERS_UP = 3
 class Scheduler:
     """Chooses a prefill and a decode engine for each request, lets it wait, or refuses it at once."""
 
-    def __init__(self, *, policy: Policy, predictor: Predictor, limits: AdmissionLimits, rng: random.Random) -> None:
+    def __init__(
+        self, *, policy: Policy, predictor: Predictor, limits: AdmissionLimits, rng: random.Random, max_blocks: int
+    ) -> None:
+        """Nothing known yet. `max_blocks` >= 1 bounds the prefix index (31 bytes each, taken at once)."""
         self.cluster = Cluster()
+        self.prefixes = Prefixes(max_blocks=max_blocks, max_age_s=limits.observed_age_s)
         self.limits = limits
         self._chooser = policy.start(rng)
         self._estimator = predictor.start()
@@ -67,6 +73,12 @@ class Scheduler:
         self._finishes = Pace()
         self._room_at: float | None = None
         """When room may have appeared for a waiting request; None: not since the last `wake`."""
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """The KV block sizes in use, in tokens, ascending: the sizes at which prompts are to be hashed."""
+        sizes = {state.engine.block_tokens for state in self.cluster.engines.values()}
+        return tuple(sorted(size for size in sizes if size is not None))
 
     @property
     def waiting_count(self) -> int:
@@ -147,6 +159,7 @@ class Scheduler:
             runners_up=tuple(estimate_at(pairs, int(row)) for row in best[1:]),
         )
         self.cluster.reserve(request, dispatch, now)
+        self.prefixes.dispatched(request, dispatch.estimate.prefill, dispatch.estimate.cached_tokens, now=now)
         self._chooser.dispatched(request, dispatch, now=now)
         return dispatch
 
@@ -160,13 +173,13 @@ class Scheduler:
             and state.in_flight_count < self.limits.room(state.engine)
         ]
         fresh = [load for load in loads if load.engine.id not in request.avoid]
-        pairs = self._estimate(request, fresh)
+        pairs = self._estimate(request, fresh, now)
         if len(pairs) == 0 and len(fresh) < len(loads):
-            pairs = self._estimate(request, loads)
+            pairs = self._estimate(request, loads, now)
         return pairs
 
-    def _estimate(self, request: Request, loads: list[EngineLoad]) -> PairTable:
-        cached_tokens = np.zeros(len(loads), dtype=np.int64)
+    def _estimate(self, request: Request, loads: list[EngineLoad], now: float) -> PairTable:
+        cached_tokens = self.prefixes.cached_tokens(request, [load.engine for load in loads], now=now)
         return estimate_pairs(request, loads, self._estimator, cached_tokens)
 
     def _refuse(self, request: Request, reason: RejectReason, message: str) -> Reject:
@@ -186,17 +199,22 @@ class Scheduler:
         match event:
             case EngineFound(engine):
                 self.cluster.found(engine)
+                self.prefixes.found(engine)
                 self._room_at = now
             case EngineLost(engine_id):
                 self.cluster.lost(engine_id)
+                self.prefixes.lost(engine_id)
                 self._room_at = now
             case EngineHealth(engine_id, health, reason):
                 self.cluster.set_health(engine_id, health, reason)
+                if health is Health.DOWN:
+                    self.prefixes.restarted(engine_id)
                 self._room_at = now
             case EngineReport(engine_id, report):
                 self.cluster.reported(engine_id, report, now)
                 self._room_at = now
-            case PrefillDone(request_id):
+            case PrefillDone(request_id, _, cached_tokens):
+                self.prefixes.prefilled(request_id, cached_tokens, now=now)
                 self._prefill_done(request_id, now)
             case FirstToken(request_id):
                 self._first_token(request_id, now)
@@ -206,10 +224,13 @@ class Scheduler:
                 self._finished(event, now)
             case AttemptFailed(request_id) | Left(request_id):
                 self._waiting.remove(request_id)
+                self.prefixes.failed(request_id)
                 self.cluster.release(request_id, now)
                 self._room_at = now
             case BlocksStored() | BlocksRemoved() | BlocksCleared():
-                pass
+                self.prefixes.announced(event)
+            case KvFeed(engine_id, state, rows):
+                self.prefixes.feed_changed(engine_id, state, rows)
 
     def _prefill_done(self, request_id: str, now: float) -> None:
         reservation = self.cluster.prefill_done(request_id, now)
@@ -224,6 +245,7 @@ class Scheduler:
             self._learn_hand_off(reservation, now)
 
     def _finished(self, event: Finished, now: float) -> None:
+        self.prefixes.prefilled(event.request_id, event.cached_tokens, now=now)
         reservation = self.cluster.release(event.request_id, now)
         if reservation is None:
             return
@@ -243,6 +265,7 @@ class Scheduler:
                     cached_tokens=estimate.cached_tokens,
                     queued_ahead_s=estimate.wait_s,
                     elapsed_s=now - reservation.sent_at,
+                    busy_s=reservation.prefill_busy_s,
                     predicted_s=estimate.wait_s + estimate.prefill_s,
                 )
             )

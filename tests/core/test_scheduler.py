@@ -1,19 +1,24 @@
 """The one door: dispatches, waits, refusals, and what events do to them."""
 
+import numpy as np
 import pytest
 
+from gateway.core.blocks import hash_prompt
 from gateway.core.events import (
     AttemptFailed,
+    BlocksStored,
     EngineFound,
     EngineHealth,
     EngineLost,
+    FeedState,
     Finished,
     FirstToken,
+    KvFeed,
     Left,
     PrefillDone,
 )
 from gateway.core.scheduler import Scheduler
-from gateway.core.types import Dispatch, Health, Reject, RejectReason, Role, Wait
+from gateway.core.types import BlockHashes, Dispatch, Health, Reject, RejectReason, Role, Wait
 from tests.builders import a_mesh, a_pair, a_request, a_scheduler, an_engine
 
 
@@ -214,6 +219,43 @@ def test_those_who_wait_are_refused_when_the_last_engine_goes_down() -> None:
     scheduler.decide(a_request("r1"), now=0.0)
     scheduler.apply(EngineHealth("e1", Health.DOWN), now=1.0)
     assert [reason_of(decision) for decision in scheduler.wake(now=1.0)] == [RejectReason.NO_DECODE]
+
+
+# ---- prefixes --------------------------------------------------------------------------------------------------------
+
+
+def hashes(count: int) -> BlockHashes:
+    return hash_prompt(np.arange(16 * count), 16)
+
+
+def announce(scheduler: Scheduler, engine_id: str, blocks: BlockHashes) -> None:
+    scheduler.apply(KvFeed(engine_id, FeedState.LIVE, (engine_id,)), now=0.0)
+    scheduler.apply(BlocksStored(engine_id, 16, blocks), now=0.0)
+
+
+def test_a_request_goes_where_its_prefix_is() -> None:
+    scheduler = a_scheduler(*a_mesh(2, 1, block_tokens=16))
+    announce(scheduler, "p2", hashes(200))
+    decision = scheduler.decide(a_request(prompt_tokens=4000, block_hashes={16: hashes(250)}), now=0.0)
+    assert pair_of(decision) == ("p2", "d1")
+    assert isinstance(decision, Dispatch)
+    assert decision.estimate.cached_tokens == 3200
+
+
+def test_an_engine_that_left_and_came_back_has_nothing_cached() -> None:
+    scheduler = a_scheduler(an_engine("e1", block_tokens=16))
+    announce(scheduler, "e1", hashes(2))
+    scheduler.apply(EngineLost("e1"), now=1.0)
+    scheduler.apply(EngineFound(an_engine("e1", block_tokens=16)), now=2.0)
+    scheduler.apply(EngineHealth("e1", Health.UP), now=2.0)
+    decision = scheduler.decide(a_request(block_hashes={16: hashes(2)}), now=2.0)
+    assert isinstance(decision, Dispatch)
+    assert decision.estimate.cached_tokens == 0
+
+
+def test_the_block_sizes_in_use_are_those_of_the_engines() -> None:
+    engines = an_engine("a", block_tokens=128), an_engine("b", block_tokens=16), an_engine("c", block_tokens=16)
+    assert a_scheduler(*engines, an_engine("unknown")).block_sizes == (16, 128)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 REQUIRED_VARIABLE = "SLUICE_REQUIRE_ENGINES"
 PROMPTS = make_prompts(seed=3)
 """The forty prompts for whole pairs behind one address. One of this seed's answers ends with its very first token."""
-PAIR_PROMPTS = make_prompts(seed=4, lengths_tokens=(1, 128, 700, 5000))
+PAIR_PROMPTS = make_prompts(seed=7, lengths_tokens=(1, 128, 700, 5000))
 """Other prompts for engines addressed directly, so that neither set is in the other's prefix caches."""
 SPECS = [
     EngineSpec("p0", Role.PREFILL, publishes_kv_events=True),

@@ -1,4 +1,4 @@
-"""The gateway in front of real engines: the answers of a single engine, whatever is killed or hung up meanwhile."""
+"""The gateway in front of real engines: a single engine's answers, whatever is killed or hung up."""
 
 from __future__ import annotations
 
@@ -91,14 +91,15 @@ async def test_a_prefill_engine_killed_under_load_costs_no_client_its_answer(
     gateway: str, fleet: VllmFleet, session: aiohttp.ClientSession, reference_answers: References
 ) -> None:
     victim = fleet["p0"]
-    clients = asyncio.create_task(ask_all(session, gateway, BUSY_PROMPTS, at_once=12))
 
     async def is_computing() -> bool:
         return (await read_metrics(session, victim.url)).value("vllm:num_requests_running") > 0
 
-    assert await until(is_computing, 30)
-    await victim.kill()
-    answers = await clients
+    async with asyncio.TaskGroup() as tasks:
+        clients = tasks.create_task(ask_all(session, gateway, BUSY_PROMPTS, at_once=12))
+        assert await until(is_computing, 30)
+        await victim.kill()
+    answers = clients.result()
     assert wrong_answers(answers, reference_answers["forty"]) == []
     assert answers.keys() == {prompt.name for prompt in BUSY_PROMPTS}
 
@@ -109,10 +110,11 @@ async def test_an_engine_killed_before_its_first_token_costs_no_client_its_answe
 ) -> None:
     victim = fleet[name]
     victim.freeze()
-    clients = asyncio.create_task(ask_all(session, gateway, BUSY_PROMPTS, at_once=8))
-    assert await until(lambda: has_been_asked(victim), 30)
-    await victim.kill()
-    answers = await clients
+    async with asyncio.TaskGroup() as tasks:
+        clients = tasks.create_task(ask_all(session, gateway, BUSY_PROMPTS, at_once=8))
+        assert await until(lambda: has_been_asked(victim), 30)
+        await victim.kill()
+    answers = clients.result()
     assert wrong_answers(answers, reference_answers["forty"]) == []
     assert answers.keys() == {prompt.name for prompt in BUSY_PROMPTS}
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from itertools import count
 
 import pytest
 from scripted_server import CLOSE, DONE, STREAM_HEAD, Received, Script, answer, event, serve, stream
 
 from loadtest.answer import ErrorKind
-from loadtest.client import ClientRequest, ClientResult, LoadClient, chat_request
+from loadtest.client import AHEAD_COUNT, ClientRequest, ClientResult, LoadClient, chat_request
 from loadtest.report import Status
 
 HELLO = chat_request("hi", model="m")
@@ -97,6 +99,14 @@ async def test_a_connection_cut_before_the_head_is_lost_and_never_sent_again() -
     assert (result.error, result.status, len(server.received)) == (ErrorKind.LOST, None, 1)
 
 
+async def test_bytes_that_are_not_http_are_malformed() -> None:
+    async def play(_: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+
+    result = await ask(play)
+    assert (result.error, result.status) == (ErrorKind.MALFORMED, None)
+
+
 async def test_a_port_where_nobody_listens_is_a_connect_error() -> None:
     async with serve(answer(200, b"")) as server:
         url = server.url
@@ -109,7 +119,7 @@ async def test_a_body_slower_than_the_limit_is_a_timeout() -> None:
         writer.write(STREAM_HEAD + CLOSE + event("a"))
         await asyncio.Event().wait()
 
-    result = await ask(play, timeout_s=0.05)
+    result = await ask(play, timeout_s=0.3)
     assert (result.error, result.output_tokens) == (ErrorKind.TIMEOUT, 1)
 
 
@@ -178,5 +188,24 @@ async def test_cancelling_a_run_closes_its_connections_and_keeps_what_had_ended(
         with pytest.raises(asyncio.CancelledError):
             await run
         await asyncio.wait_for(is_slow_cut.wait(), 5.0)
+        assert [received.body["model"] for received in server.received] == ["quick", "slow"]
+        assert (await client.send(requests[0])).text == "a"
     assert [result.text for result in ended] == ["a"]
-    assert len(server.received) == 2
+
+
+async def test_a_run_makes_its_requests_only_a_bounded_number_ahead() -> None:
+    made: list[int] = []
+
+    def requests() -> Iterator[ClientRequest]:
+        for number in count():
+            made.append(number)
+            yield chat_request("hi", model="m", due_s=3600.0 if number else 0.0)
+
+    def cancel() -> None:
+        run.cancel()
+
+    async with serve(stream(DONE)) as server, LoadClient(server.url) as client:
+        run = asyncio.create_task(client.run(requests(), lambda _: cancel()))
+        with pytest.raises(asyncio.CancelledError):
+            await run
+    assert AHEAD_COUNT <= len(made) <= AHEAD_COUNT + 1
