@@ -135,6 +135,11 @@ class Estimate:
         return self.wait_s + self.fetch_s + self.prefill_s + self.hand_off_s + self.join_s
 
     @property
+    def held_tokens(self) -> int:
+        """Prompt tokens that the prefill engine holds before any fetch."""
+        return self.cached_tokens - self.fetched_tokens
+
+    @property
     def is_hand_off(self) -> bool:
         """Whether the KV moves from one engine to another."""
         return self.prefill != self.decode

@@ -35,6 +35,10 @@ TIGHT: dict[str, dict[str, Any]] = {
 """Settings of policies with an index of their own under which 10,000 prompts are far over its limit."""
 
 
+CACHE = {"block_tokens": 64, "kv_capacity_tokens": 100_000}
+"""With these an engine's cache is modelled from what is sent to it."""
+
+
 def started(name: str, seed: int = 1, **policy_settings: Any) -> Chooser:
     return plug_in("policy", POLICIES, name, policy_settings).start(random.Random(seed))
 
@@ -116,7 +120,7 @@ def test_costs_are_finite_or_inf_for_every_pair_and_some_pair_is_finite(
 def decisions_of(name: str, engines: list[Engine], seed: int) -> list[object]:
     """What a scheduler with this policy decides for 40 requests of 5 conversations."""
     scheduler = Scheduler(
-        policy=POLICIES[name](), predictor=Online(), limits=AdmissionLimits(), rng=random.Random(seed)
+        policy=POLICIES[name](), predictor=Online(), limits=AdmissionLimits(), rng=random.Random(seed), max_blocks=4096
     )
     for engine in engines:
         scheduler.apply(EngineFound(engine), now=0.0)
@@ -137,14 +141,15 @@ def decisions_of(name: str, engines: list[Engine], seed: int) -> list[object]:
 
 @every_policy
 def test_the_order_in_which_engines_are_found_does_not_matter(name: str) -> None:
-    engines = [*a_mesh(4, 4), an_engine("b1"), an_engine("b2")]
+    engines = [*a_mesh(4, 4, **CACHE), an_engine("b1", **CACHE), an_engine("b2", **CACHE)]
     shuffled = random.Random(3).sample(engines, len(engines))
     assert decisions_of(name, engines, seed=7) == decisions_of(name, shuffled, seed=7)
 
 
 @every_policy
 def test_the_same_seed_gives_the_same_decisions(name: str) -> None:
-    assert decisions_of(name, a_mesh(3, 3), seed=7) == decisions_of(name, a_mesh(3, 3), seed=7)
+    engines = a_mesh(3, 3, **CACHE)
+    assert decisions_of(name, engines, seed=7) == decisions_of(name, engines, seed=7)
 
 
 @every_policy
