@@ -159,7 +159,7 @@ class Scheduler:
             runners_up=tuple(estimate_at(pairs, int(row)) for row in best[1:]),
         )
         self.cluster.reserve(request, dispatch, now)
-        self.prefixes.dispatched(request, dispatch.estimate.prefill, dispatch.estimate.cached_tokens, now=now)
+        self.prefixes.dispatched(request, dispatch.estimate.prefill, dispatch.estimate.held_tokens, now=now)
         self._chooser.dispatched(request, dispatch, now=now)
         return dispatch
 
