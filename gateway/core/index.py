@@ -43,7 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.core.events import BlocksCleared, BlocksRemoved, BlocksStored, EngineFound, EngineLost, Event, Tier
-from gateway.core.hash_table import HashTable, Slots
+from gateway.core.hash_table import HashTable, Slots, distinct
 from gateway.core.holder_sets import EMPTY, TIER_COUNT, HolderSets
 from gateway.core.types import BlockHashes
 
@@ -188,7 +188,7 @@ class PrefixIndex:
             return
         for first in range(0, len(hashes), _CHUNK_BLOCKS):
             slots = self._table.find(hashes[first : first + _CHUNK_BLOCKS])
-            self._change(np.unique(slots[slots >= 0]), row, _TIER_NUMBER[tier], held=False)
+            self._change(distinct(slots[slots >= 0]), row, _TIER_NUMBER[tier], held=False)
 
     def match(self, block_hashes: Mapping[int, BlockHashes]) -> Match:
         """How much of a prompt every engine holds, given its block hashes for each block size in use.
@@ -232,10 +232,10 @@ class PrefixIndex:
             # Making room may drop blocks of this very batch, which then are new again.
             while (new := self._count_absent(hashes)) > self.max_blocks - len(self._table):
                 self._make_room(new)
-        self._change(np.unique(self._table.insert(hashes)), row, tier, held=True)
+        self._change(distinct(self._table.insert(hashes)), row, tier, held=True)
 
     def _count_absent(self, hashes: BlockHashes) -> int:
-        return int((self._table.find(np.unique(hashes)) < 0).sum())
+        return int((self._table.find(distinct(hashes)) < 0).sum())
 
     def _change(self, slots: Slots, row: int, tier: int, *, held: bool) -> None:
         """Adds or removes one holder of the blocks in these distinct slots; blocks left without any are freed."""
