@@ -10,9 +10,10 @@ Source: vllm/distributed/kv_events.py (0.32.0) and sglang/srt/disaggregation/kv_
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
@@ -40,17 +41,15 @@ _TIERS = {
 _FULL_ATTENTION = (None, "full_attention", "mla_attention")
 
 
-Token: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-TokenPair: TypeAlias = Annotated[list[Token], msgspec.Meta(min_length=2, max_length=2)]
-"""A token and the one after it: the key under speculative decoding with look-ahead (SGLang with EAGLE)."""
-
-
 class BlockStored(msgspec.Struct, frozen=True, tag_field="type", tag="BlockStored"):
-    """Blocks entered the cache. `token_ids` covers all of them, or is empty when only their place is new."""
+    """Blocks entered the cache. `token_ids` covers all of them, or is empty when only their place is new.
+
+    Under speculative decoding with look-ahead keys an engine sends pairs (token, next token): the first is kept.
+    """
 
     block_hashes: list[int | bytes]
     parent_block_hash: int | bytes | None = None
-    token_ids: list[Token | TokenPair] = []
+    token_ids: array = array("Q")  # type: ignore[type-arg]  # msgspec knows the bare type only
     block_size: int = 0
     lora_id: int | str | None = None
     medium: str | None = None
@@ -81,6 +80,18 @@ class AllBlocksCleared(msgspec.Struct, frozen=True, tag_field="type", tag="AllBl
 CacheEvent: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
 
 
+def _decode_tokens(kind: type, value: object) -> object:
+    """Token ids as an array of 64-bit words: kept as a list they would be 32 bytes each and slow to gather later."""
+    if not isinstance(value, list):
+        raise ValueError("token ids are not a list")
+    if value and isinstance(value[0], list):
+        value = [token for token, _ in value]
+    try:
+        return array("Q", value)
+    except OverflowError as error:
+        raise ValueError(f"token id out of range: {error}") from error
+
+
 class _Batch(msgspec.Struct, frozen=True, array_like=True):
     """The batch as today's engines write it."""
 
@@ -88,7 +99,7 @@ class _Batch(msgspec.Struct, frozen=True, array_like=True):
     events: list[CacheEvent]
 
 
-_DECODER = msgspec.msgpack.Decoder(_Batch)
+_DECODER = msgspec.msgpack.Decoder(_Batch, dec_hook=_decode_tokens)
 _ANY_DECODER = msgspec.msgpack.Decoder()
 _EVENT_TYPES: dict[str, type[CacheEvent]] = {
     "BlockStored": BlockStored,
@@ -131,9 +142,9 @@ def tier_of(medium: str | None) -> Tier:
     return tier
 
 
-def engine_hash(value: int | bytes) -> EngineHash:
-    """The low 64 bits of an engine's block hash, unsigned, from whichever form it sends."""
-    return (int.from_bytes(value[-8:], "big") if isinstance(value, bytes) else value) & _LOW_64
+def engine_hashes(values: Sequence[int | bytes]) -> list[EngineHash]:
+    """The low 64 bits of an engine's block hashes, unsigned, from whichever form it sends."""
+    return [(int.from_bytes(v[-8:], "big") if isinstance(v, bytes) else v) & _LOW_64 for v in values]
 
 
 def _decode_other_forms(payload: bytes) -> list[CacheEvent]:
@@ -157,7 +168,9 @@ def _decode_event(event: object) -> CacheEvent | None:
     if not isinstance(event, dict) or not isinstance(event.get("type"), str):
         raise MalformedEngineData("a KV event is neither a map with a type nor an array that starts with one")
     kind = _EVENT_TYPES.get(event["type"])
-    return None if kind is None else msgspec.convert(event, kind)
+    if kind is None:
+        return None
+    return msgspec.convert(event, kind, dec_hook=_decode_tokens)
 
 
 def _checked(events: list[CacheEvent]) -> list[CacheEvent]:
@@ -178,8 +191,6 @@ def _check_stored(event: BlockStored) -> None:
         )
     if event.extra_keys is not None and len(event.extra_keys) != block_count:
         raise MalformedEngineData(f"BlockStored with {block_count} blocks and {len(event.extra_keys)} extra keys")
-    if len(set(map(type, event.token_ids))) > 1:
-        raise MalformedEngineData("BlockStored with single tokens and pairs of tokens")
 
 
 @dataclass(frozen=True, slots=True)

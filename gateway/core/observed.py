@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.core.events import BlocksCleared, BlocksRemoved, BlocksStored
-from gateway.core.hash_table import HashTable, Slots
+from gateway.core.hash_table import HashTable, Slots, distinct
 from gateway.core.types import BlockHashes
 
 _CONFIRMED = np.uint64(1)
@@ -104,7 +104,7 @@ class ObservedCache:
         known = slots[slots >= 0]
         # First of all the known blocks get the new stamp: then making room cannot drop them.
         self._write(known, self._last_use.values(known) & _CONFIRMED, confirmed)
-        new = np.unique(hashes[slots < 0])
+        new = distinct(hashes[slots < 0])
         removed = self._make_room(len(new))
         self._write(self._last_use.insert(new), np.zeros(len(new), np.uint64), confirmed)
         self._records.append(_Record(self._stamp, now, hashes))

@@ -1,3 +1,5 @@
+from array import array
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from adapters.kv_events import (
     KvEventSource,
     decode_batch,
     decode_frames,
-    engine_hash,
+    engine_hashes,
     parse_kv_event_sources,
     parse_server_info,
     tier_of,
@@ -39,7 +41,7 @@ def pack(*events, batch=None):
 def test_the_documented_vllm_batch_is_read():
     stored, removed, cleared = decode_batch(pack(STORED, REMOVED, CLEARED))
     assert stored == BlockStored(
-        block_hashes=[1403909460543360175], token_ids=list(range(1, 17)), block_size=16, medium="GPU"
+        block_hashes=[1403909460543360175], token_ids=array("Q", range(1, 17)), block_size=16, medium="GPU"
     )
     assert removed == BlockRemoved(block_hashes=[1403909460543360175], medium="GPU")
     assert cleared == AllBlocksCleared()
@@ -50,11 +52,13 @@ def test_the_documented_vllm_batch_is_read():
     [
         (
             ["BlockStored", [7], 5, [1, 2], 2, None],
-            BlockStored(block_hashes=[7], parent_block_hash=5, token_ids=[1, 2], block_size=2),
+            BlockStored(block_hashes=[7], parent_block_hash=5, token_ids=array("Q", [1, 2]), block_size=2),
         ),
         (
             ["BlockStored", [7], None, [1, 2], 2, 3, "CPU", "sql"],
-            BlockStored(block_hashes=[7], token_ids=[1, 2], block_size=2, lora_id=3, medium="CPU", lora_name="sql"),
+            BlockStored(
+                block_hashes=[7], token_ids=array("Q", [1, 2]), block_size=2, lora_id=3, medium="CPU", lora_name="sql"
+            ),
         ),
         (["BlockRemoved", [7, -8]], BlockRemoved(block_hashes=[7, -8])),
         (["BlockRemoved", [7], "GPU", 1], BlockRemoved(block_hashes=[7], medium="GPU", group_idx=1)),
@@ -77,9 +81,9 @@ def test_events_and_fields_of_later_engines_are_passed_over():
     ]
 
 
-def test_pairs_of_tokens_are_read():
+def test_of_pairs_of_tokens_the_first_are_kept():
     event = {**STORED, "token_ids": [[1, 2], [2, 3]], "block_size": 2}
-    assert decode_batch(pack(event))[0].token_ids == [[1, 2], [2, 3]]
+    assert decode_batch(pack(event))[0].token_ids.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -88,10 +92,10 @@ def test_pairs_of_tokens_are_read():
         {"token_ids": [1, 2, 3]},
         {"token_ids": ["a"] * 16},
         {"token_ids": [-1] * 16},
-        {"token_ids": [2**63] * 16},
         {"token_ids": [1.5] * 16},
         {"token_ids": [1] * 15 + [[1, 2]]},
         {"token_ids": [[1]] * 16},
+        {"token_ids": [[1, 2]] * 15 + [1]},
         {"block_size": 0},
         {"block_size": "16"},
         {"block_hashes": None},
@@ -149,10 +153,9 @@ def test_frames_without_a_sequence_number_are_refused(frames):
 
 
 def test_every_form_of_an_engines_hash_comes_down_to_64_unsigned_bits():
-    assert engine_hash(-4579669293437864591) == 2**64 - 4579669293437864591
-    assert engine_hash(8866452693264111234) == 8866452693264111234
     digest = bytes.fromhex("cd7c51bc5a8fc8643f383a2b9e01522fba7473c669e9270c7b0bf7bf7fd01682")
-    assert engine_hash(digest) == 8866452693264111234
+    names = engine_hashes([-4579669293437864591, 8866452693264111234, digest])
+    assert names == [2**64 - 4579669293437864591, 8866452693264111234, 8866452693264111234]
 
 
 def test_media_of_both_engines_have_a_tier():

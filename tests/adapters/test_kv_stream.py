@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -201,45 +203,60 @@ def test_garbage_is_refused_and_repaired_like_a_missed_message():
 
 
 prompts = st.lists(st.sampled_from([1, 2]), min_size=2, max_size=8)
-actions = st.one_of(
-    st.tuples(st.just("store"), prompts, st.sampled_from(["GPU", "CPU"])),
-    st.tuples(st.just("remove"), st.integers(0, 50)),
-    st.tuples(st.just("clear")),
-    st.tuples(st.just("publish")),
-    st.tuples(st.just("lose")),
-    st.tuples(st.just("repeat")),
-    st.tuples(st.just("garble")),
-    st.tuples(st.just("take")),
-    st.tuples(st.just("connect")),
-    st.tuples(st.just("restart")),
+changes = st.lists(
+    st.tuples(st.just("store"), prompts, st.sampled_from(["GPU", "CPU"]))
+    | st.tuples(st.just("remove"), st.integers(0, 50))
+    | st.tuples(st.just("clear")),
+    min_size=1,
+    max_size=3,
 )
+fates = st.sampled_from(["heard", "heard", "heard", "repeated", "lost", "garbled"])
+accidents = st.sampled_from(["none", "none", "none", "reconnect", "restart", "take"])
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(actions, max_size=40))
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(changes, fates, accidents), min_size=8, max_size=25))
 def test_whatever_happens_to_the_messages_the_index_holds_what_the_engine_holds(steps):
     follower = Follower()
-    for action, *details in [*steps, ("publish",), ("connect",)]:
-        match action:
-            case "store" | "remove" | "clear":
-                getattr(follower.engine, action)(*details)
-            case "publish":
-                follower.hear(follower.engine.publish())
-            case "lose":
-                follower.engine.publish()
-            case "repeat" if follower.engine.messages:
-                follower.hear(follower.engine.messages[-1])
-            case "garble":
-                with pytest.raises(MalformedEngineData):
-                    follower.hear([b"", b"\0" * 8, b"\xc1"])
-            case "take":
-                follower.take()
-            case "connect":
+    for happenings, fate, accident in steps:
+        for action, *details in happenings:
+            getattr(follower.engine, action)(*details)
+        frames = follower.engine.publish()
+        if fate == "garbled":
+            with pytest.raises(MalformedEngineData):
+                follower.stream.live([*frames[:2], b"\xc1"])
+        for _ in range({"heard": 1, "repeated": 2}.get(fate, 0)):
+            follower.hear(frames)
+        match accident:
+            case "reconnect":
                 follower.repair(follower.stream.connected())
             case "restart":
                 follower.restart()
                 follower.repair(follower.stream.connected())
+            case "take":
+                follower.take()
+    follower.repair(follower.stream.connected())
     assert_index_is_right(follower)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(prompts, st.integers(0, 20)), min_size=5, max_size=20), st.sets(st.integers(0, 20)))
+def test_with_messages_lost_for_good_the_index_holds_nothing_the_engine_does_not(steps, lost):
+    follower = Follower(can_replay=False)
+    for at, (prompt, removed) in enumerate(steps):
+        follower.engine.store(prompt)
+        follower.engine.remove(removed)
+        frames = follower.engine.publish()
+        if at not in lost:
+            follower.hear(frames)
+    follower.hear(follower.engine.publish())
+    follower.take()
+    engine_holds = {prefix for (_, medium), prefix in follower.engine.held.items() if medium == "GPU"}
+    for length in (2, 4, 6, 8):
+        for prefix in itertools.product([1, 2], repeat=length):
+            last_block = hash_prompt(np.array(prefix), 2)[-1:]
+            if follower.index.match({2: last_block}).device_tokens[0]:
+                assert prefix in engine_holds
 
 
 @settings(deadline=None)
