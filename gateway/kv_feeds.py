@@ -23,6 +23,8 @@ from gateway.core.types import Engine, Health
 from gateway.driver import Driver
 from gateway.kv_events import KvEventLimits, KvEventSubscriber, SourceState, holder_id
 
+LOOK_EVERY_S = 0.2
+"""How soon an engine that came up is asked."""
 ASK_EVERY_S = 5.0
 TIMEOUT_S = 2.0
 MAX_ANSWER_BYTES = 2**20
@@ -51,9 +53,10 @@ class KvFeeds:
         self._limits = limits
         self._feeds: dict[str, tuple[tuple[KvEventSource, ...], asyncio.Task[None]]] = {}
         self._states: dict[str, dict[str, FeedState]] = {}
+        self._ask_at: dict[str, float] = {}
 
     async def run(self) -> None:
-        """Looks at the engines every few seconds: subscribes to new ones, drops those that left or moved."""
+        """Looks at the engines again and again: subscribes to new ones, drops those that left or moved."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         connector = aiohttp.TCPConnector(force_close=True)
         async with (
@@ -61,17 +64,26 @@ class KvFeeds:
             asyncio.TaskGroup() as group,
         ):
             while True:
-                engines = [
-                    state.engine
-                    for state in self._driver.scheduler.cluster.engines.values()
-                    if state.health is Health.UP
-                ]
                 self._drop_lost()
-                found = await asyncio.gather(*(self._sources(engine, session) for engine in engines))
-                for engine, sources in zip(engines, found, strict=True):
+                due = self._due(asyncio.get_running_loop().time())
+                found = await asyncio.gather(*(self._sources(engine, session) for engine in due))
+                for engine, sources in zip(due, found, strict=True):
                     if sources is not None:
                         self._follow(engine.id, sources, group)
-                await asyncio.sleep(ASK_EVERY_S)
+                await asyncio.sleep(LOOK_EVERY_S)
+
+    def _due(self, now: float) -> list[Engine]:
+        """The engines that are up and have to be asked: new ones, those that came back, and all now and then."""
+        states = self._driver.scheduler.cluster.engines
+        for engine_id in [name for name in self._ask_at if name not in states or states[name].health is not Health.UP]:
+            del self._ask_at[engine_id]
+        due = [
+            state.engine
+            for state in states.values()
+            if state.health is Health.UP and self._ask_at.get(state.engine.id, now) <= now
+        ]
+        self._ask_at.update((engine.id, now + ASK_EVERY_S) for engine in due)
+        return due
 
     async def _sources(self, engine: Engine, session: aiohttp.ClientSession) -> tuple[KvEventSource, ...] | None:
         """Where the engine publishes; None when it did not tell this time."""

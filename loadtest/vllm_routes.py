@@ -200,12 +200,19 @@ class _Routes:
                 ends[output.choice] = output.end
                 if output.end.reason is FinishReason.ERROR:
                     raise _server_error()
-        body = shapes.whole(choices, self._kv_params(ends.get(0)), self._cached(ends.get(0)))
+        body = shapes.whole(choices, self._kv_params(ends.get(0)), self._cached(generation, ends.get(0)))
         return web.Response(body=body, content_type="application/json", headers=self._load_header(request))
 
-    def _cached(self, end: Finished | None) -> int | None:
-        """Cached prompt tokens for the usage, None unless `--enable-prompt-tokens-details`."""
-        return end.cached_tokens if end is not None and self._fake.settings.has_prompt_tokens_details else None
+    def _cached(self, generation: Generation, end: Finished | None) -> int | None:
+        """Cached prompt tokens for the usage, None unless `--enable-prompt-tokens-details`.
+
+        After a remote prefill they are the prefill engine's. Source: v1/engine/output_processor.py `from_new_request`.
+        """
+        if end is None or not self._fake.settings.has_prompt_tokens_details:
+            return None
+        told = generation.kv_params.get("remote_prefill_cached_tokens")
+        is_remote = bool(generation.kv_params.get("do_remote_prefill"))
+        return told if is_remote and isinstance(told, int) else end.cached_tokens
 
     def _kv_params(self, end: Finished | None) -> dict[str, object] | None:
         if end is None or end.held is None:
@@ -241,7 +248,7 @@ class _Routes:
             if await self._break_stream(request, response, sum(len(c.token_ids) for c in choices)):
                 return response
         if generation.includes_usage:
-            await response.write(shapes.usage_chunk(choices, self._cached(ends.get(0))))
+            await response.write(shapes.usage_chunk(choices, self._cached(generation, ends.get(0))))
         await response.write(DONE)
         return response
 
