@@ -100,7 +100,7 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec, python: Path, model: Path, log_path: Path) -> None:
         self.spec = spec
         self.log_path = log_path
-        self.port, self._side_channel_port, self.kv_events_port = free_ports(3)
+        self.port, self._side_channel_port, self.kv_events_port, self.kv_replay_port = free_ports(4)
         self._python = python
         self._model = model
         self._process: asyncio.subprocess.Process | None = None
@@ -138,8 +138,12 @@ class VllmEngine:
 
     def _kv_events_config(self) -> dict[str, object]:
         # With a concrete address in place of the star vLLM connects instead of binding.
-        endpoint = f"tcp://*:{self.kv_events_port}"
-        return {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
+        return {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": f"tcp://*:{self.kv_events_port}",
+            "replay_endpoint": f"tcp://*:{self.kv_replay_port}",
+        }
 
     async def start(self, ready_timeout_s: float) -> None:
         """Start the process and wait until it serves. Raises EngineStartFailed with the end of its log."""
