@@ -28,6 +28,10 @@ class _Tokenized(msgspec.Struct):
     tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
 
 
+class _HasTokens(msgspec.Struct):
+    tokens: msgspec.Raw
+
+
 def with_token_ids(body: Mapping[str, object], ids: Ids, adapter: str) -> dict[str, object]:
     """The body with the prompt's ids in it where the engine takes them, else the body as it was. Never changes `body`.
 
@@ -67,6 +71,14 @@ def tokenize_body(body: Mapping[str, object]) -> dict[str, object] | None:
     if chosen or kwargs:
         asked["chat_template_kwargs"] = {**kwargs, **chosen}
     return {**asked, "messages": [_with_reasoning(message) for message in messages]}
+
+
+def check_tokenize(answer: bytes) -> None:
+    """Raises MalformedEngineData when the answer has no tokens at all; much cheaper than parsing them."""
+    try:
+        msgspec.json.decode(answer, type=_HasTokens)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise MalformedEngineData(f"the answer of /tokenize holds no tokens: {error}") from error
 
 
 def parse_tokenize(answer: bytes) -> Ids:

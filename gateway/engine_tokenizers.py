@@ -8,9 +8,9 @@ import aiohttp
 import msgspec
 
 from adapters.base import Adapter
-from adapters.token_ids import Ids, parse_tokenize, tokenize_body
+from adapters.token_ids import Ids, check_tokenize, parse_tokenize, tokenize_body
 from gateway.control_http import IDLE_S, bearer, read_bounded
-from gateway.core.errors import EngineUnavailable, GatewayError
+from gateway.core.errors import EngineUnavailable, GatewayError, MalformedEngineData
 from gateway.core.types import Engine, Health
 from gateway.driver import Driver
 from gateway.tokens import AskEngine
@@ -79,10 +79,11 @@ class EngineTokenizers:
             async with self._session.post(url, data=msgspec.json.encode(body), headers=headers) as response:
                 answer = await read_bounded(response, MAX_ANSWER_BYTES)
                 if response.status == 200:
+                    check_tokenize(answer)
                     return answer
                 reason = f"status {response.status}"
                 is_request_at_fault = response.status == 400
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, MalformedEngineData) as error:
             reason, is_request_at_fault = str(error) or type(error).__name__, False
         if not is_request_at_fault:
             self._silent_until[engine.id] = self._driver.now() + SILENT_S
