@@ -58,6 +58,8 @@ class Gateway:
     driver: Driver
     directory: Directory
     dispatcher: Dispatcher
+    engines: Engines
+    server: Server
 
 
 def scheduler_of(config: Config, *, seed: int) -> Scheduler:
@@ -122,6 +124,7 @@ async def running(config: Config) -> AsyncIterator[Gateway]:
     limits = CallLimits(
         connect_timeout_s=client.connect_timeout_s,
         first_event_timeout_s=client.first_event_timeout_s,
+        answer_timeout_s=client.answer_timeout_s,
         max_response_bytes=client.max_response_bytes,
     )
     dispatcher = Dispatcher(driver, adapters, engines, limits)
@@ -155,24 +158,23 @@ async def running(config: Config) -> AsyncIterator[Gateway]:
         HandlerLimits(
             max_body_bytes=config.server.max_body_bytes,
             body_timeout_s=config.server.body_timeout_s,
+            write_timeout_s=config.server.write_timeout_s,
             idle_timeout_s=client.idle_timeout_s,
         ),
         started_at=time.time(),
     )
-    runner = web.ServerRunner(
-        Server(
-            handlers,
-            max_connections=config.server.max_connections,
-            max_header_bytes=config.server.max_header_bytes,
-            keepalive_s=config.server.keepalive_s,
-        ),
-        shutdown_timeout=config.server.shutdown_grace_s,
+    server = Server(
+        handlers,
+        max_connections=config.server.max_connections,
+        max_header_bytes=config.server.max_header_bytes,
+        keepalive_s=config.server.keepalive_s,
     )
+    runner = web.ServerRunner(server, shutdown_timeout=config.server.shutdown_grace_s)
     try:
         url = await listen(runner, config)
         async with beside(watch.run(directory.follow())), beside(feeds.run()):
             try:
-                yield Gateway(url, driver, directory, dispatcher)
+                yield Gateway(url, driver, directory, dispatcher, engines, server)
             finally:
                 await runner.cleanup()
     finally:

@@ -73,6 +73,8 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Seconds an idle client connection stays open."""
     body_timeout_s: Seconds = 30.0
     """Seconds without a byte after which a request whose body is not complete is answered 408."""
+    write_timeout_s: Seconds = 60.0
+    """Seconds for which a client may leave its stream unread; then its connection is closed and its engine freed."""
     shutdown_grace_s: Annotated[float, Meta(ge=0, le=86_400)] = 30.0
     """Seconds that running requests are given to end after a stop signal; 0 ends them at once."""
 
@@ -138,6 +140,8 @@ class EngineClientSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Seconds to make a TCP connection."""
     first_event_timeout_s: Seconds = 60.0
     """Seconds from sending a request to its first data event, after which the attempt is a time-out."""
+    answer_timeout_s: Seconds = 600.0
+    """Seconds for an answer that is not streamed, of which nothing is seen until all of it is generated."""
     idle_timeout_s: Seconds = 30.0
     """Longest gap in seconds between two pieces of an answer that the client already receives."""
     keepalive_s: Annotated[float, Meta(gt=0, lt=5)] = 2.5

@@ -95,7 +95,7 @@ class Engines:
         address = Address.of(engine.url)
         if pool is None or pool.address != address:
             if pool is not None:
-                pool.close()
+                pool.retire()
             pool = ConnectionPool(address, keepalive_s=self._keepalive_s, max_idle=self._max_idle)
             self._pools[engine.id] = pool
         return pool
@@ -116,9 +116,14 @@ class Engines:
         return "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
 
     def forget(self, engine_id: str) -> None:
-        """Closes the connections to an engine that left."""
+        """Drops the connections to an engine that left; answers under way may end."""
         if pool := self._pools.pop(engine_id, None):
-            pool.close()
+            pool.retire()
+
+    @property
+    def open_count(self) -> int:
+        """Connections open now."""
+        return sum(pool.open_count for pool in self._pools.values())
 
     def close(self) -> None:
         """Closes every connection."""
@@ -131,12 +136,19 @@ class Attempt:
     """One Exchange under way. `close` hangs up whatever is still open; it may be called at any time, and again."""
 
     def __init__(
-        self, exchange: Exchange, engines: Engines, limits: CallLimits, on_prefilled: Callable[[Prefilled], None]
-    ):
+        self,
+        exchange: Exchange,
+        engines: Engines,
+        limits: CallLimits,
+        on_prefilled: Callable[[Prefilled], None],
+        *,
+        is_stream: bool,
+    ) -> None:
         self._exchange = exchange
         self._engines = engines
         self._limits = limits
         self._on_prefilled = on_prefilled
+        self._is_stream = is_stream
         self._calls: dict[Leg, EngineCall] = {}
         self._happenings: asyncio.Queue[Happening | StaleConnection] = asyncio.Queue()
 
@@ -190,7 +202,8 @@ class Attempt:
 
     async def _send(self, call: Call) -> None:
         pool = self._engines.pool(call.engine)
-        engine_call = EngineCall(call, pool, self._limits, self._happenings.put_nowait)
+        is_whole = call.is_answer and not self._is_stream
+        engine_call = EngineCall(call, pool, self._limits, self._happenings.put_nowait, is_whole=is_whole)
         self._calls[call.leg] = engine_call
         await engine_call.send(self._engines.request_head(call))
 
@@ -240,7 +253,7 @@ class Dispatcher:
         def prefilled(told: Prefilled) -> None:
             self._driver.apply(PrefillDone(request.id, told.prompt_tokens, told.cached_tokens))
 
-        attempt = Attempt(exchange, self._engines, self._limits, prefilled)
+        attempt = Attempt(exchange, self._engines, self._limits, prefilled, is_stream=payload.is_stream)
         self._attempts.add(attempt)
         try:
             result = await attempt.result()

@@ -69,10 +69,11 @@ Handler = Callable[[web.BaseRequest, "Exchanged"], Awaitable[web.StreamResponse]
 
 @dataclass(frozen=True, slots=True)
 class HandlerLimits:
-    """Bounds on what a client may send."""
+    """Bounds on what a client may send, and on how long it or its engine may do nothing."""
 
     max_body_bytes: int
     body_timeout_s: float
+    write_timeout_s: float
     idle_timeout_s: float
 
 
@@ -183,6 +184,7 @@ class Handlers:
                 request,
                 call,
                 idle_timeout_s=self._limits.idle_timeout_s,
+                write_timeout_s=self._limits.write_timeout_s,
                 expects_done=payload.path in (CHAT, COMPLETIONS),
                 on_progress=lambda tokens: self._driver.apply(Progress(exchanged.id, tokens)),
             )

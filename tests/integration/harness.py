@@ -36,7 +36,7 @@ Condition: TypeAlias = Callable[[], bool] | Callable[[], Awaitable[bool]]
 async def until(condition: Condition, timeout_s: float = DEADLINE_S) -> None:
     """Returns when the condition is true. Raises TimeoutError when that takes too long."""
     async with asyncio.timeout(timeout_s):
-        while not (result if isinstance(result := condition(), bool) else await result):  # noqa: ASYNC110 - a poll
+        while not (result if isinstance(result := condition(), bool) else await result):
             await asyncio.sleep(POLL_S)
 
 

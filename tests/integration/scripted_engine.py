@@ -14,8 +14,6 @@ from gateway.core.types import Role
 from tests.integration.harness import MODEL, Site, until
 
 METRICS = b"vllm:num_requests_running 0\nvllm:num_requests_waiting 0\n"
-MODELS = json.dumps({"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 4096}]}).encode()
-PROBES = {"/health": b"", "/metrics": METRICS, "/v1/models": MODELS}
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
 CHUNKED = STREAM_HEAD + b"transfer-encoding: chunked\r\n\r\n"
 UNTIL_CLOSE = STREAM_HEAD + b"connection: close\r\n\r\n"
@@ -80,9 +78,12 @@ class ScriptedEngine:
 
     url: str
     script: Script
+    probes: dict[str, bytes]
+    """What it answers to the watch, by path."""
     received: list[Received] = field(default_factory=list)
     connections: int = 0
     """Generation connections made so far."""
+    server: asyncio.Server = field(init=False)
     closed: int = 0
     """Of these, ended by the gateway or by a script."""
 
@@ -95,16 +96,18 @@ class ScriptedEngine:
 
 
 @asynccontextmanager
-async def serving(script: Script | None = None) -> AsyncIterator[ScriptedEngine]:
+async def serving(script: Script | None = None, *, model: str = MODEL) -> AsyncIterator[ScriptedEngine]:
     """An engine on a free loopback port. Without a script it gives a whole chat answer."""
+    models = json.dumps({"object": "list", "data": [{"id": model, "object": "model", "max_model_len": 4096}]})
+    probes = {"/health": b"", "/metrics": METRICS, "/v1/models": models.encode()}
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         is_counted = False
         try:
             while not writer.is_closing():
                 received = await _receive(reader)
-                if received.path in PROBES:
-                    writer.write(whole(PROBES[received.path], content_type=b"text/plain"))
+                if received.path in engine.probes:
+                    writer.write(whole(engine.probes[received.path], content_type=b"text/plain"))
                     continue
                 engine.connections += not is_counted
                 is_counted = True
@@ -117,8 +120,9 @@ async def serving(script: Script | None = None) -> AsyncIterator[ScriptedEngine]
             writer.close()
 
     server = await asyncio.start_server(converse, "127.0.0.1", 0)
-    address = server.sockets[0].getsockname()
-    engine = ScriptedEngine(f"http://127.0.0.1:{address[1]}", script or says(whole(text_answer())))
+    port = server.sockets[0].getsockname()[1]
+    engine = ScriptedEngine(f"http://127.0.0.1:{port}", script or says(whole(text_answer())), probes)
+    engine.server = server
     try:
         yield engine
     finally:

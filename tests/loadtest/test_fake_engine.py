@@ -79,7 +79,7 @@ async def metric(http: aiohttp.ClientSession, fake: FakeEngine, name: str, label
 
 async def eventually(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not holds():  # noqa: ASYNC110 - the engine under test has no event to wait for
+        while not holds():
             await asyncio.sleep(0.002)
 
 
