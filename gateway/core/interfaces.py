@@ -37,11 +37,17 @@ class EngineLoad:
     """Uncached prompt tokens of the queued requests."""
     kv_tokens: int
     """KV tokens held by requests in flight there (prompt plus output so far)."""
+    own_count: int
+    """Of `in_flight_count`, the requests that this gateway sent: all that a router which reads no reports knows."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairTable:
-    """Every feasible pair, one row each, sorted by (prefill id, decode id). All arrays have shape (pairs,)."""
+    """Every feasible pair, sorted by (prefill id, decode id). All arrays have shape (pairs,).
+
+    A pair whose prefill engine could first fetch a longer prefix from another engine stands in the table twice: after
+    all the rows that fetch nothing follow, in the same order, those that fetch. So the choice of a row says both.
+    """
 
     prefills: tuple[EngineLoad, ...]
     decodes: tuple[EngineLoad, ...]
@@ -49,7 +55,12 @@ class PairTable:
     """Index into `prefills`."""
     decode_row: NDArray[np.intp]
     """Index into `decodes`."""
+    fetch_row: NDArray[np.intp]
+    """Index into `prefills` of the engine from which the prefix is fetched; -1: nothing is fetched."""
     cached_tokens: NDArray[np.int64]
+    """Prompt tokens that need no computing: held by the prefill engine, or fetched."""
+    fetched_tokens: NDArray[np.int64]
+    """Of `cached_tokens`, those to be fetched."""
     wait_s: NDArray[np.float64]
     fetch_s: NDArray[np.float64]
     prefill_s: NDArray[np.float64]
@@ -61,6 +72,11 @@ class PairTable:
     def ttft_s(self) -> NDArray[np.float64]:
         """Predicted time to the first token of each pair, seconds, shape (pairs,)."""
         return self.wait_s + self.fetch_s + self.prefill_s + self.hand_off_s + self.join_s
+
+    @property
+    def held_tokens(self) -> NDArray[np.int64]:
+        """Prompt tokens that each pair's prefill engine holds itself, shape (pairs,)."""
+        return self.cached_tokens - self.fetched_tokens
 
     def __len__(self) -> int:
         return int(self.prefill_row.shape[0])

@@ -48,6 +48,8 @@ class Engine:
     """Engines hand off only to engines of the same pool (same model, version and connector)."""
     can_serve_alone: bool = True
     """Whether a plain request works on it (a vLLM decode engine can prefill; an SGLang decode engine cannot)."""
+    can_share_prefixes: bool = False
+    """Whether, told by the gateway, it can pull the KV of a prefix from an engine of its pool, and give it to one."""
     max_in_flight: int | None = None
     """Requests at once; None: the admission limit of all engines."""
     models: tuple[str, ...] = ()
@@ -121,6 +123,11 @@ class Estimate:
     join_s: float
     tbt_s: float
     cached_tokens: int = 0
+    """Prompt tokens that need no computing: held by the prefill engine, or fetched."""
+    fetch_from: str | None = None
+    """The engine from which the prefill engine first pulls the prefix it lacks; None: it pulls nothing."""
+    fetched_tokens: int = 0
+    """Of `cached_tokens`, those to be fetched."""
 
     @property
     def ttft_s(self) -> float:
