@@ -100,6 +100,10 @@ class Engine:
             self._drop_waiting(sequence, now)
         return True
 
+    def adopt_prefix(self, keys: Seq[int]) -> int:
+        """Takes a prefix that was pulled from another engine into the prefix cache; how many blocks of it fit."""
+        return self._cache.adopt(keys)
+
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix; False (and nothing done) while any block is in use."""
         return self._cache.clear()
@@ -279,7 +283,9 @@ class Engine:
         return Run(at, chunks, decodes, steps, first_s, growth_s)
 
     def _steps_ahead(self, decodes: list[Sequence]) -> int:
-        """Steps until the first request ends or memory runs out, >= 1."""
+        """Steps until the first request ends or memory runs out, >= 1; one where a first token is due, to tell it."""
+        if any(s.first_token_at is None for s in decodes):
+            return 1
         limits = [s.limit for s in decodes]
         if None in limits:
             return 1
