@@ -65,6 +65,8 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._ready: deque[Sequence] = deque()
         """Fetched sequences: they hold their blocks and wait for a place in the batch."""
+        self._pending: set[str] = set()
+        """Of `_waiting`, ids of those whose prefix is on its way."""
         self._running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._run: Run | None = None
@@ -87,6 +89,8 @@ class Engine:
             self._interrupt(now)
         self._by_id[request.id] = sequence
         self._waiting.append(sequence)
+        if request.is_prefix_pending:
+            self._pending.add(request.id)
         self._fetches.expect(request.remote, now=now)
 
     def abort(self, request_id: str, *, now: float) -> bool:
@@ -100,8 +104,10 @@ class Engine:
             self._drop_waiting(sequence, now)
         return True
 
-    def adopt_prefix(self, keys: Seq[int]) -> int:
-        """Takes a prefix that was pulled from another engine into the prefix cache; how many blocks of it fit."""
+    def prefix_arrived(self, request_id: str, keys: Seq[int], *, now: float) -> int:
+        """Takes a prefix that this request waited for into the prefix cache; how many blocks of it fit."""
+        self._pending.discard(request_id)
+        self._interrupt(now)
         return self._cache.adopt(keys)
 
     def reset_prefix_cache(self) -> bool:
@@ -237,7 +243,7 @@ class Engine:
         while budget > 0 and len(self._running) < self.settings.batch_limit and not self.is_crashed:
             if self._ready:
                 sequence = self._ready.popleft()
-            elif self._waiting and self._allocate(self._waiting[0], reserved, at):
+            elif self._waiting and self._is_here(self._waiting[0]) and self._allocate(self._waiting[0], reserved, at):
                 sequence = self._waiting.popleft()
                 if sequence.request.remote is not None and not sequence.is_fetch_over:
                     self._fetch(sequence, sequence.request.remote, at, out)
@@ -251,6 +257,10 @@ class Engine:
             else:
                 chunks.append((sequence, min(budget, sequence.remaining)))
                 budget -= chunks[-1][1]
+
+    def _is_here(self, sequence: Sequence) -> bool:
+        """Whether it waits for no prefix."""
+        return sequence.request.id not in self._pending
 
     def _allocate(self, sequence: Sequence, reserved: int, at: float) -> bool:
         """Gives the sequence blocks for all its known tokens, cached ones first; False when they do not fit."""
@@ -387,6 +397,7 @@ class Engine:
 
     def _drop_waiting(self, sequence: Sequence, now: float) -> None:
         """Ends an aborted sequence that is not in the batch; frees the far side of its hand-off too."""
+        self._pending.discard(sequence.request.id)
         for queue in (self._waiting, self._ready):
             if sequence in queue:
                 queue.remove(sequence)

@@ -1,25 +1,24 @@
 """Prefixes on their way from one prefill engine to another, because the gateway found pulling cheaper than computing.
 
-The prefill joins its engine's queue when the prefix has arrived. What the holder dropped meanwhile is computed.
+The prefill keeps its place in its engine's queue meanwhile, and those behind it wait with it if its turn comes first.
+What the engine drops before that turn is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from loadtest.agenda import Agenda, Alarm
 from loadtest.flight import Flight
 from loadtest.links import Links
-
-ARRIVED = Callable[[Flight, float], None]
+from loadtest.sim_engines import SimEngine
 
 
 class PrefixPulls:
     """The pulls under way, over the same ports out of the holders as every hand-off."""
 
-    def __init__(self, links: Links, agenda: Agenda, arrived: ARRIVED) -> None:
+    def __init__(self, links: Links, agenda: Agenda, touched: dict[str, SimEngine]) -> None:
+        """`touched` takes in the engines whose next step may have moved."""
         self._links = links
-        self._arrived = arrived
+        self._touched = touched
         self._under_way: dict[str, dict[str, Flight]] = {}
         """Port into an engine -> leg id -> request."""
         self._alarm = Alarm(agenda, self._land)
@@ -43,16 +42,15 @@ class PrefixPulls:
     def _land(self, now: float) -> None:
         for port in list(self._under_way):
             pulls = self._under_way[port]
-            landed = [pulls.pop(leg_id) for leg_id in self._links.take_done(port, now=now)]
+            for leg_id in self._links.take_done(port, now=now):
+                self._arrived(pulls.pop(leg_id), leg_id, now)
             if not pulls:
                 del self._under_way[port]
-            for flight in landed:
-                self._adopt(flight)
-                self._arrived(flight, now)
 
-    def _adopt(self, flight: Flight) -> None:
-        assert flight.dispatch is not None, "nothing ends a pull but its arrival"
-        assert flight.prefill is not None, "nothing ends a pull but its arrival"
-        model = flight.prefill.model
-        if model is not None:
-            model.adopt_prefix(flight.keys[: flight.dispatch.estimate.cached_tokens // model.settings.block_tokens])
+    def _arrived(self, flight: Flight, leg_id: str, now: float) -> None:
+        engine, dispatch = flight.prefill, flight.dispatch
+        if engine is None or dispatch is None or leg_id not in engine.legs or engine.model is None:
+            return  # that attempt failed meanwhile
+        block_count = dispatch.estimate.cached_tokens // engine.model.settings.block_tokens
+        engine.model.prefix_arrived(leg_id, flight.keys[:block_count], now=now)
+        self._touched[engine.id] = engine

@@ -64,7 +64,7 @@ class Simulation:
             for engine_id in plan.fleet.engine_ids
         }
         self._alarms = {engine_id: Alarm(self.agenda, partial(self._step, engine_id)) for engine_id in self._engines}
-        self._pulls = PrefixPulls(self._links, self.agenda, self._submit_prefill)
+        self._pulls = PrefixPulls(self._links, self.agenda, self._touched)
         self._gateways = [
             shell_of(self._scheduler(number), self.agenda, partial(self._decided, number))
             for number in range(plan.gateways)
@@ -185,12 +185,6 @@ class Simulation:
                 )
         if decision.estimate.fetch_from is not None:
             self._pulls.start(flight, self._plan.fleet.profile.kv_bytes_per_token, now=now)
-        else:
-            self._submit_prefill(flight, now)
-
-    def _submit_prefill(self, flight: Flight, now: float) -> None:
-        """The first leg, or the only one."""
-        assert flight.prefill is not None, "it was dispatched"
         self._submit(flight, flight.prefill, now, max_tokens=1 if flight.is_hand_off else None)
 
     def _submit(
@@ -202,7 +196,7 @@ class Simulation:
         max_tokens: int | None = None,
         remote: RemoteKv | None = None,
     ) -> None:
-        if engine.model is None:
+        if engine.model is None or flight.dispatch is None:
             self._fail(flight, engine.id, "engine_unreachable", now)
             return
         leg = EngineRequest(
@@ -211,6 +205,7 @@ class Simulation:
             max_tokens=max_tokens or flight.trace.output_tokens,
             block_keys=flight.keys,
             is_kv_held=max_tokens is not None,
+            is_prefix_pending=remote is None and flight.dispatch.estimate.fetch_from is not None,
             remote=remote,
         )
         try:
