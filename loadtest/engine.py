@@ -211,6 +211,8 @@ class Engine:
     def _make_room(self, at: float, out: list[Outcome]) -> bool:
         """Preempts the latest requests until the others can take a step; whether nobody had to go."""
         had_room = True
+        if len(self._running) <= self._cache.free_count:
+            return had_room  # a step takes a block of each at most
         while self._blocks_needed(self._running, 1) > self._cache.free_count:
             victim = self._running.pop()
             self._release(victim)
@@ -239,7 +241,7 @@ class Engine:
         chunks: list[tuple[Sequence, int]],
         out: list[Outcome],
     ) -> None:
-        reserved = self._blocks_needed(decodes, 1)
+        reserved = self._blocks_needed(decodes, 1) if self._waiting else 0
         while budget > 0 and len(self._running) < self.settings.batch_limit and not self.is_crashed:
             if self._ready:
                 sequence = self._ready.popleft()
@@ -302,6 +304,9 @@ class Engine:
         steps = min(limit - s.output for s, limit in zip(decodes, limits, strict=True) if limit is not None)
         if self.settings.max_run_steps is not None:
             steps = min(steps, self.settings.max_run_steps)
+        size, free_count = self._cache.block_tokens, self._cache.free_count
+        if len(decodes) * (steps // size + 1) <= free_count:
+            return steps
         while steps > 1 and self._blocks_needed(decodes, steps) > self._cache.free_count:
             steps //= 2
         return steps
@@ -329,6 +334,10 @@ class Engine:
         blocks = -(-(sequence.computed + run.steps) // self._cache.block_tokens) - len(sequence.blocks)
         if blocks > 0:
             sequence.blocks += self._cache.take(blocks)
+        if sequence.is_only_counted:
+            sequence.computed += run.steps
+            sequence.output += run.steps
+            return ()
         sequence.write(self._cache, sequence.known_tokens)
         said = self._speak(sequence, run, out)
         if run.steps > 1:
