@@ -58,6 +58,8 @@ class LoadSample:
     """Mean seconds of prefill ahead of a new arrival, over engines that prefill."""
     decoding_count: float
     """Mean requests producing tokens, over engines that decode."""
+    in_flight_count: int
+    """Requests that have come and not ended, in the gateway or at an engine."""
 
 
 @dataclass(slots=True)

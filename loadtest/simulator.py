@@ -88,7 +88,7 @@ class Simulation:
     def step(self) -> float:
         """Lets the next thing happen; when that was."""
         at = self.agenda.step()
-        self._refresh(at)
+        self.refresh(at)
         self._run.duration_s = at
         return at
 
@@ -124,7 +124,7 @@ class Simulation:
             max_blocks=max(1024, 2 * blocks // plan.fleet.block_tokens),
         )
 
-    def _refresh(self, now: float) -> None:
+    def refresh(self, now: float) -> None:
         """Asks the engines anew when they have something to do: all of them when a transfer began or ended."""
         has_moved = self._links.change_count != self._seen_changes
         for engine_id, engine in (self._engines if has_moved else self._touched).items():
@@ -336,7 +336,8 @@ class Simulation:
         states = self._gateways[0].scheduler.cluster.engines.values()
         work_s = [state.prefill_work_s(now) for state in states if state.engine.role is not Role.DECODE]
         decoding = [state.producing_count for state in states if state.engine.role is not Role.PREFILL]
-        self._run.samples.append(LoadSample(now, sum(work_s) / len(work_s), sum(decoding) / len(decoding)))
+        means = sum(work_s) / len(work_s), sum(decoding) / len(decoding)
+        self._run.samples.append(LoadSample(now, *means, in_flight_count=len(self._in_flight)))
         self.agenda.note(now + self._plan.sample_interval_s, self._sample)
 
 
