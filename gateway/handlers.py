@@ -61,6 +61,8 @@ REFUSAL_STATUS = {
     RejectReason.QUEUE_FULL: 429,
     RejectReason.WAITED_TOO_LONG: 429,
     RejectReason.TOO_MANY_ATTEMPTS: 502,
+    RejectReason.TTFT_SLO: 429,
+    RejectReason.TBT_SLO: 429,
 }
 REFUSAL_KIND = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gateway.core.types import Dispatch, Engine, Report, Request
+from gateway.core.types import Dispatch, Engine, Estimate, RejectReason, Report, Request
+
+if TYPE_CHECKING:
+    from gateway.core.cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,3 +172,60 @@ class Predictor(Protocol):
     """Settings of a predictor: how long will it take."""
 
     def start(self) -> Estimator: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What an admission rule answers to a request that it does not let in."""
+
+    reason: RejectReason
+    message: str
+    retry_after_s: float | None = None
+    """When the rule expects to let this very request in; None: it cannot tell, the scheduler's own guess stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """All that is known when an admission rule is asked about a request."""
+
+    request: Request
+    pairs: PairTable
+    costs: NDArray[np.float64]
+    """What the policy thinks of each pair, shape (pairs,): the lowest would be chosen."""
+    cluster: Cluster
+    """The ledger, to be read only."""
+    estimator: Estimator
+
+    @property
+    def chosen_row(self) -> int:
+        """The row of the pair that the policy prefers."""
+        return int(np.argmin(self.costs))
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillEnd:
+    """All that is known when a hand-off's prefill has ended and its decode would begin."""
+
+    request: Request
+    estimate: Estimate
+    cluster: Cluster
+    """The ledger, to be read only. It counts this request among those of the decode engine."""
+    estimator: Estimator
+
+
+class Gate(Protocol):
+    """A started admission rule."""
+
+    def arrive(self, arrival: Arrival, *, now: float) -> NDArray[np.bool_] | Refusal | None:
+        """None: any pair will do. Else the pairs that will, shape (pairs,), at least one of them; or a refusal."""
+        ...
+
+    def end_prefill(self, prefill: PrefillEnd, *, now: float) -> Refusal | None:
+        """A refusal of a request whose prefill is done already; None lets its decode begin."""
+        ...
+
+
+class Admission(Protocol):
+    """Settings of an admission rule: whom to refuse although a pair could serve him."""
+
+    def start(self) -> Gate: ...

@@ -11,7 +11,7 @@ import random
 
 import numpy as np
 
-from gateway.core.admission import AdmissionLimits, refuse_unservable
+from gateway.core.admission import AdmissionLimits, AdmitAll, refuse_unservable
 from gateway.core.cluster import Cluster, Reservation
 from gateway.core.estimate import estimate_at, estimate_pairs
 from gateway.core.events import (
@@ -32,19 +32,24 @@ from gateway.core.events import (
     Progress,
 )
 from gateway.core.interfaces import (
+    Admission,
+    Arrival,
     DecodeOutcome,
     EngineLoad,
     HandOffOutcome,
     PairTable,
     Policy,
     Predictor,
+    PrefillEnd,
     PrefillOutcome,
+    Refusal,
 )
 from gateway.core.pace import Pace
 from gateway.core.prefixes import Prefixes
 from gateway.core.types import (
     Decision,
     Dispatch,
+    Estimate,
     Health,
     Reject,
     RejectReason,
@@ -61,18 +66,32 @@ class Scheduler:
     """Chooses a prefill and a decode engine for each request, lets it wait, or refuses it at once."""
 
     def __init__(
-        self, *, policy: Policy, predictor: Predictor, limits: AdmissionLimits, rng: random.Random, max_blocks: int
+        self,
+        *,
+        policy: Policy,
+        predictor: Predictor,
+        limits: AdmissionLimits,
+        rng: random.Random,
+        max_blocks: int,
+        admission: Admission | None = None,
     ) -> None:
-        """Nothing known yet. `max_blocks` >= 1 bounds the prefix index (31 bytes each, taken at once)."""
+        """Nothing known yet. `max_blocks` >= 1 bounds the prefix index (31 bytes each, taken at once).
+
+        Without an admission rule nobody is refused whom an engine could serve at all.
+        """
         self.cluster = Cluster()
         self.prefixes = Prefixes(max_blocks=max_blocks, max_age_s=limits.observed_age_s)
         self.limits = limits
         self._chooser = policy.start(rng)
         self._estimator = predictor.start()
+        self._gate = (admission or AdmitAll()).start()
         self._waiting = WaitingQueue(limits.max_waiting)
         self._finishes = Pace()
         self._room_at: float | None = None
         """When room may have appeared for a waiting request; None: not since the last `wake`."""
+        self._stopped: list[Reject] = []
+        """Requests refused after their prefill, for `wake` to name."""
+        self._stopped_at = 0.0
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
@@ -95,10 +114,12 @@ class Scheduler:
     def wake(self, *, now: float) -> list[Decision]:
         """New decisions for requests that waited: refusals of those whose time is over, dispatches of those with room.
 
-        Requests that go on waiting are not named again.
+        Requests that go on waiting are not named again. A refusal may also name a request whose prefill just ended.
         """
         self._room_at = None
-        decisions: list[Decision] = [
+        decisions: list[Decision] = [*self._stopped]
+        self._stopped.clear()
+        decisions += [
             self._refuse(
                 request,
                 RejectReason.WAITED_TOO_LONG,
@@ -121,6 +142,8 @@ class Scheduler:
 
     def next_wakeup(self) -> float | None:
         """When `wake` has something to do; None when nobody waits. An instant in the past means now."""
+        if self._stopped:
+            return self._stopped_at
         if not self._waiting:
             return None
         end_at = self._waiting.next_end_at()
@@ -151,6 +174,12 @@ class Scheduler:
         if len(pairs) == 0:
             return None
         costs = self._chooser.costs(request, pairs, now=now)
+        arrival = Arrival(request, pairs, costs, self.cluster, self._estimator)
+        allowed = self._gate.arrive(arrival, now=now)
+        if isinstance(allowed, Refusal):
+            return self._refuse_by_rule(request, allowed, estimate_at(pairs, arrival.chosen_row))
+        if allowed is not None:
+            costs = np.where(allowed, costs, np.inf)
         best = np.argsort(costs, kind="stable")[: RUNNERS_UP + 1]
         dispatch = Dispatch(
             request_id=request.id,
@@ -185,6 +214,10 @@ class Scheduler:
     def _refuse(self, request: Request, reason: RejectReason, message: str) -> Reject:
         return Reject(request.id, reason, message, retry_after_s=self._retry_after_s())
 
+    def _refuse_by_rule(self, request: Request, refusal: Refusal, best: Estimate) -> Reject:
+        retry_after_s = self._retry_after_s() if refusal.retry_after_s is None else refusal.retry_after_s
+        return Reject(request.id, refusal.reason, refusal.message, retry_after_s=retry_after_s, best=best)
+
     def _retry_after_s(self) -> float:
         """When a place is expected: those who wait go first, at the pace at which requests finish."""
         interval_s = self._finishes.interval_s
@@ -216,6 +249,7 @@ class Scheduler:
             case PrefillDone(request_id, _, cached_tokens):
                 self.prefixes.prefilled(request_id, cached_tokens, now=now)
                 self._prefill_done(request_id, now)
+                self._ask_before_decode(request_id, now)
             case FirstToken(request_id):
                 self._first_token(request_id, now)
             case Progress(request_id, output_tokens):
@@ -237,6 +271,18 @@ class Scheduler:
         if reservation is not None:
             self._room_at = now
             self._learn_prefill(reservation, now)
+
+    def _ask_before_decode(self, request_id: str, now: float) -> None:
+        """Stops the request between its legs when the admission rule says so."""
+        reservation = self.cluster.reservations.get(request_id)
+        if reservation is None or not reservation.estimate.is_hand_off:
+            return
+        request, estimate = reservation.request, reservation.estimate
+        refusal = self._gate.end_prefill(PrefillEnd(request, estimate, self.cluster, self._estimator), now=now)
+        if refusal is not None:
+            self.cluster.release(request_id, now)
+            self._stopped.append(self._refuse_by_rule(request, refusal, estimate))
+            self._stopped_at = now
 
     def _first_token(self, request_id: str, now: float) -> None:
         self._prefill_done(request_id, now)

@@ -164,6 +164,8 @@ class RejectReason(StrEnum):
     QUEUE_FULL = "queue_full"
     WAITED_TOO_LONG = "waited_too_long"
     TOO_MANY_ATTEMPTS = "too_many_attempts"
+    TTFT_SLO = "ttft_slo"
+    TBT_SLO = "tbt_slo"
 
 
 @dataclass(frozen=True, slots=True)
