@@ -11,14 +11,14 @@ never mix with announcements. For every request the engine's own count of cached
 said; when most comparisons fail, the engine falls back by one step, until it restarts or its stream is connected anew.
 Every change of an engine's source is kept for the shell to announce: nothing degrades in silence.
 
-A prompt on its way to an engine is about to be cached there: prompts sent and not long done count as cached too (its
-prefill runs before that of any request sent later), which is what makes a crowd with one new system prompt follow it
-to one engine.
+A prompt on its way to an engine is about to be cached there, for its prefill runs before that of any request sent
+later: its blocks are written down when it is sent, not when they are announced, and taken out again when the attempt
+fails before its prefill is done. So a crowd with one new system prompt follows it to one engine. (An announcement that
+came before such a failure goes with it: less is better than wrong.)
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -34,6 +34,9 @@ from gateway.core.types import BlockHashes, Engine, Request
 
 ANNOUNCED_WITHIN_S = 2.0
 """How long a finished prefill still counts by itself: its announcement and its answer race each other."""
+
+SENT_LIMIT = 256
+"""Prompts on their way to one engine that are looked at, the latest: the default bound on requests in flight there."""
 
 
 class PrefixSource(StrEnum):
@@ -61,12 +64,14 @@ class SourceChange:
 
 @dataclass(slots=True)
 class _Sent:
-    """A prompt sent to an engine: its blocks, what its row said of them, and when it stops to count by itself."""
+    """A prompt sent to an engine."""
 
     engine_id: str
-    hashes: BlockHashes
     said_tokens: int
-    ends_at: float | None = None
+    """How much of it was believed to be cached."""
+    row: str | None = None
+    """The row into which it was written ahead of its announcement, and those of its blocks that were new there."""
+    new_blocks: BlockHashes | None = None
 
 
 @dataclass(slots=True)
@@ -80,7 +85,6 @@ class _Known:
     events: Agreement = field(default_factory=Agreement)
     observed: Agreement = field(default_factory=Agreement)
     cache: ObservedCache | None = None
-    sent: deque[_Sent] = field(default_factory=deque)
     source: PrefixSource = PrefixSource.UNKNOWN
 
 
@@ -97,7 +101,7 @@ class Prefixes:
 
     # ---- what is known ----------------------------------------------------------------------------------------------
 
-    def cached_tokens(self, request: Request, engines: Sequence[Engine], *, now: float) -> NDArray[np.int64]:
+    def cached_tokens(self, request: Request, engines: Sequence[Engine]) -> NDArray[np.int64]:
         """Prompt tokens that each engine has cached and can use, shape (engines,), 0 <= tokens < prompt tokens.
 
         Whole blocks, and never the whole prompt: an engine computes at least the last token, which gives the logits.
@@ -111,13 +115,12 @@ class Prefixes:
         tokens = match.cached_tokens
         for number, engine in enumerate(engines):
             known = self._engines[engine.id]
-            hashes = request.block_hashes.get(engine.block_tokens or 0)
-            if known.source is PrefixSource.UNKNOWN or hashes is None:
+            if known.source is PrefixSource.UNKNOWN or engine.block_tokens not in request.block_hashes:
                 continue
             rows = known.rows if known.source is PrefixSource.EVENTS else (_observed_row(engine.id),)
             # Which rank of an engine takes a request is the engine's choice: only what all of them hold is sure.
             held = min((int(tokens[row_of[row]]) for row in rows if row in row_of), default=0)
-            cached[number] = self._usable(request, engine, max(held, self._on_the_way(known, hashes, now)))
+            cached[number] = self._usable(request, engine, held)
         return cached
 
     def source(self, engine_id: str) -> PrefixSource:
@@ -161,7 +164,6 @@ class Prefixes:
         """The engine was down: what was guessed of its cache is void. Announced blocks are their stream's business."""
         known = self._engines.get(engine_id)
         if known is not None:
-            known.sent.clear()
             known.observed.forget()
             self._observe_anew(known)
             self._choose_source(known, "it was down")
@@ -191,10 +193,12 @@ class Prefixes:
         hashes = request.block_hashes.get(known.engine.block_tokens or 0) if known else None
         if known is None or hashes is None or known.source is PrefixSource.UNKNOWN:
             return
-        sent = _Sent(engine_id, hashes, cached_tokens)
-        self._sent[request.id] = sent
+        sent = self._sent[request.id] = _Sent(engine_id, cached_tokens)
         if known.source is PrefixSource.EVENTS:
-            known.sent.append(sent)
+            if len(known.rows) == 1:  # of several ranks nobody knows which one takes it
+                sent.row = known.rows[0]
+                sent.new_blocks = hashes[cached_tokens // (known.engine.block_tokens or 1) :]
+                self.index.store(sent.row, sent.new_blocks)
         elif known.cache is not None:
             self._apply(known.cache.expire(now=now))
             self._apply(known.cache.dispatched(request.id, hashes, now=now))
@@ -205,7 +209,6 @@ class Prefixes:
         known = self._engines.get(sent.engine_id) if sent else None
         if sent is None or known is None:
             return
-        sent.ends_at = now + ANNOUNCED_WITHIN_S
         if known.cache is not None:
             self._apply(known.cache.finished(request_id, now=now))
         if cached_tokens is not None:
@@ -219,21 +222,14 @@ class Prefixes:
             return
         if known.cache is not None:
             self._apply(known.cache.failed(request_id))
-        if sent in known.sent:
-            known.sent.remove(sent)
+        if sent.row is not None and sent.new_blocks is not None:
+            self.index.remove(sent.row, sent.new_blocks)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _usable(self, request: Request, engine: Engine, tokens: int) -> int:
         block_tokens = engine.block_tokens or 1
         return min(tokens, (request.prompt_tokens - 1) // block_tokens * block_tokens)
-
-    def _on_the_way(self, known: _Known, hashes: BlockHashes, now: float) -> int:
-        """Tokens of the prompt in the prompts that were sent there a moment ago."""
-        while known.sent and (ends_at := known.sent[0].ends_at) is not None and ends_at <= now:
-            known.sent.popleft()
-        blocks = max((common_blocks(sent.hashes, hashes) for sent in known.sent), default=0)
-        return blocks * (known.engine.block_tokens or 0)
 
     def _check(self, known: _Known, sent: _Sent, reported_tokens: int) -> None:
         agreement = self.agreement(known.engine.id)
@@ -256,8 +252,6 @@ class Prefixes:
             source = PrefixSource.UNKNOWN
         if source is known.source:
             return
-        if source is not PrefixSource.EVENTS:
-            known.sent.clear()
         is_worse = SOURCES.index(source) > SOURCES.index(known.source)
         known.source = source
         self._changes.append(SourceChange(known.engine.id, source, reason, is_worse))
@@ -277,18 +271,6 @@ class Prefixes:
     def _apply(self, events: Sequence[BlocksStored | BlocksRemoved]) -> None:
         for event in events:
             self.index.apply(event)
-
-
-def common_blocks(one: BlockHashes, other: BlockHashes) -> int:
-    """How many leading blocks two prompts share. Hashes are chained: equal at one place, equal at all before it."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[middle - 1] == other[middle - 1]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _observed_row(engine_id: str) -> str:

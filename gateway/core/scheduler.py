@@ -208,7 +208,7 @@ class Scheduler:
         return pairs
 
     def _estimate(self, request: Request, loads: list[EngineLoad], now: float) -> PairTable:
-        cached_tokens = self.prefixes.cached_tokens(request, [load.engine for load in loads], now=now)
+        cached_tokens = self.prefixes.cached_tokens(request, [load.engine for load in loads])
         return estimate_pairs(request, loads, self._estimator, cached_tokens)
 
     def _refuse(self, request: Request, reason: RejectReason, message: str) -> Reject:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gateway.core.agreement import MIN_CHECKS
 from gateway.core.blocks import hash_prompt
 from gateway.core.events import BlocksCleared, BlocksRemoved, BlocksStored, FeedState
-from gateway.core.prefixes import ANNOUNCED_WITHIN_S, Prefixes, PrefixSource, common_blocks
+from gateway.core.prefixes import Prefixes, PrefixSource
 from gateway.core.types import BlockHashes, Engine, Request
 from tests.builders import a_request, an_engine
 
@@ -39,12 +37,12 @@ def announcing(state: FeedState = FeedState.LIVE) -> tuple[Prefixes, Engine]:
     return prefixes, engine
 
 
-def cached(prefixes: Prefixes, engine: Engine, request: Request, now: float = 0.0) -> int:
-    return int(prefixes.cached_tokens(request, [engine], now=now)[0])
+def cached(prefixes: Prefixes, engine: Engine, request: Request) -> int:
+    return int(prefixes.cached_tokens(request, [engine])[0])
 
 
 def send(prefixes: Prefixes, engine: Engine, request: Request, now: float = 0.0) -> None:
-    prefixes.dispatched(request, engine.id, cached(prefixes, engine, request, now), now=now)
+    prefixes.dispatched(request, engine.id, cached(prefixes, engine, request), now=now)
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
@@ -103,13 +101,28 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_block() -> None:
     assert cached(prefixes, engine, whole) == 3 * BLOCK
 
 
-def test_a_prompt_on_its_way_counts_until_its_announcement_had_time_to_come() -> None:
+def test_a_prompt_on_its_way_counts_before_it_is_announced() -> None:
     prefixes, engine = announcing()
     send(prefixes, engine, a_prompt("r1", 8))
     assert cached(prefixes, engine, a_prompt("r2", 10)) == 8 * BLOCK
     prefixes.prefilled("r1", 0, now=5.0)
-    assert cached(prefixes, engine, a_prompt("r2", 10), now=5.0 + ANNOUNCED_WITHIN_S / 2) == 8 * BLOCK
-    assert cached(prefixes, engine, a_prompt("r2", 10), now=5.0 + ANNOUNCED_WITHIN_S) == 0
+    prefixes.announced(BlocksStored("e", BLOCK, blocks(8)))
+    assert cached(prefixes, engine, a_prompt("r2", 10)) == 8 * BLOCK
+
+
+def test_a_failed_attempt_takes_nothing_with_it_that_was_announced_before() -> None:
+    prefixes, engine = announcing()
+    prefixes.announced(BlocksStored("e", BLOCK, blocks(5)))
+    send(prefixes, engine, a_prompt("r1", 8))
+    prefixes.failed("r1")
+    assert cached(prefixes, engine, a_prompt("r2", 8)) == 5 * BLOCK
+
+
+def test_of_several_ranks_none_is_believed_to_have_a_prompt_on_its_way() -> None:
+    prefixes, engine = known()
+    prefixes.feed_changed("e", FeedState.LIVE, ("e", "e/dp1"))
+    send(prefixes, engine, a_prompt("r1", 8))
+    assert cached(prefixes, engine, a_prompt("r2", 8)) == 0
 
 
 def test_a_prompt_whose_attempt_failed_does_not_count() -> None:
@@ -216,10 +229,3 @@ def test_an_engine_that_left_takes_everything_with_it() -> None:
     assert len(prefixes.index) == 0
     prefixes.found(engine)
     assert cached(prefixes, engine, a_prompt("r", 8)) == 0
-
-
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40))
-def test_common_blocks_are_those_of_a_plain_comparison(shared: int, one: int, other: int) -> None:
-    first = np.concatenate([np.arange(shared), np.arange(1000, 1000 + one)]).astype(np.uint64)
-    second = np.concatenate([np.arange(shared), np.arange(2000, 2000 + other)]).astype(np.uint64)
-    assert common_blocks(first, second) == shared
