@@ -86,9 +86,10 @@ class Driver:
             self._timer.cancel()
 
     def _arm(self, now: float) -> None:
-        """One timer for the next instant the scheduler asked for."""
+        """One timer for the next instant the scheduler asked for. One that is set for earlier stays: if events that
+        want a wake-up now put it off each time, those who wait would starve under load."""
         wake_at = self.scheduler.next_wakeup()
-        if wake_at == self._timer_at and self._timer is not None:
+        if wake_at is not None and self._timer_at is not None and self._timer_at <= wake_at:
             return
         if self._timer is not None:
             self._timer.cancel()

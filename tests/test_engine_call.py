@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -21,6 +21,7 @@ from tests.integration.scripted_engine import (
     token,
     whole,
 )
+from tests.polling import until
 
 LIMITS = CallLimits(
     connect_timeout_s=1.0, first_event_timeout_s=0.3, answer_timeout_s=0.6, max_response_bytes=2 * MAX_HEAD_START_BYTES
@@ -56,10 +57,12 @@ class Bench:
     pool: ConnectionPool
     happenings: asyncio.Queue[object] = field(default_factory=asyncio.Queue)
 
-    def call(self, *, is_answer: bool = True, is_whole: bool = False, **fields: object) -> EngineCall:
+    def call(
+        self, *, is_answer: bool = True, is_whole: bool = False, limits: CallLimits = LIMITS, **fields: object
+    ) -> EngineCall:
         engine = Engine("e", self.engine.url, Role.BOTH)
         call = Call(Leg.DECODE, engine, "/v1/chat/completions", b"{}", is_answer=is_answer, **fields)
-        return EngineCall(call, self.pool, LIMITS, self.happenings.put_nowait, is_whole=is_whole)
+        return EngineCall(call, self.pool, limits, self.happenings.put_nowait, is_whole=is_whole)
 
     async def sent(self, script: Script, **fields: object) -> EngineCall:
         self.engine.script = script
@@ -78,8 +81,7 @@ async def bench():
         pool = ConnectionPool(Address.of(engine.url), keepalive_s=2.0, max_idle=4)
         yield Bench(engine, pool)
         pool.close()
-        while pool.open_count:
-            await asyncio.sleep(0.001)
+        await until(lambda: pool.open_count == 0)
 
 
 async def test_a_whole_answer_is_reported_whole(bench):
@@ -130,9 +132,7 @@ async def test_a_stream_that_ends_before_its_first_event_is_lost(bench):
 async def test_silence_is_a_time_out_after_the_limit_of_its_kind(bench, is_whole, limit):
     await bench.sent(silence, is_whole=is_whole)
     assert await bench.next() == Broken(Leg.DECODE, Cause.HEAD_TIMEOUT, f"no answer in {limit}")
-    async with asyncio.timeout(3):
-        while bench.pool.open_count:
-            await asyncio.sleep(0.001)
+    await until(lambda: bench.pool.open_count == 0)
 
 
 async def test_a_head_must_come_within_its_own_limit_when_the_call_sets_one(bench):
@@ -157,7 +157,8 @@ async def test_an_answer_over_the_limit_is_dropped(bench):
 
 
 async def test_a_stream_without_events_is_dropped_long_before_a_whole_answer_would_be(bench):
-    await bench.sent(says(CHUNKED, *[chunk(b": nothing\n" * 10_000)] * (MAX_HEAD_START_BYTES // 100_000 + 5)))
+    flood = says(CHUNKED, *[chunk(b": nothing\n" * 10_000)] * (MAX_HEAD_START_BYTES // 100_000 + 5))
+    await bench.sent(flood, limits=replace(LIMITS, first_event_timeout_s=10.0))
     assert (await bench.next()).cause is Cause.TOO_LARGE
 
 
@@ -174,9 +175,7 @@ async def test_a_closed_call_reports_nothing_more(bench):
     call = await bench.sent(silence)
     call.close()
     call.close()
-    async with asyncio.timeout(3):
-        while bench.pool.open_count:
-            await asyncio.sleep(0.001)
+    await until(lambda: bench.pool.open_count == 0)
     assert bench.happenings.empty()
 
 

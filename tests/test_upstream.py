@@ -9,6 +9,7 @@ import pytest
 
 from adapters.base import Cause
 from gateway.upstream import MAX_HEAD_BYTES, Address, ConnectionPool, EngineConnection
+from tests.polling import until
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi"
 HEAD = b"POST / HTTP/1.1\r\nhost: e\r\ncontent-length: 1\r\n\r\n"
@@ -95,9 +96,7 @@ async def serve():
     for engine in engines:
         engine.pool.close()
         engine.server.close()
-        async with asyncio.timeout(3):
-            while engine.pool.open_count:
-                await asyncio.sleep(0.001)
+    await until(lambda: all(engine.pool.open_count == 0 for engine in engines))
 
 
 async def test_a_response_is_told_in_pieces_and_its_connection_used_again(serve):
@@ -156,12 +155,10 @@ async def test_an_aborted_response_tells_its_sink_nothing_more(serve):
     engine = await serve(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhi")
     connection, sink = await engine.pool.connect(), Sink()
     connection.send(HEAD, b"x", sink)
-    while not sink.data:
-        await asyncio.sleep(0.001)
+    await until(lambda: bool(sink.data))
     connection.abort()
     connection.abort()
-    while engine.pool.open_count:
-        await asyncio.sleep(0.001)
+    await until(lambda: engine.pool.open_count == 0)
     assert sink.ending == ""
 
 
@@ -180,8 +177,7 @@ async def test_a_paused_connection_reads_nothing_until_it_is_resumed(serve):
     connection, sink = await engine.pool.connect(), Sink()
     sink.on_flush = lambda: connection.pause() if len(sink.data) < 9_000_000 and sink.flushes == 1 else None
     connection.send(HEAD, b"x", sink)
-    while not sink.flushes:
-        await asyncio.sleep(0.001)
+    await until(lambda: bool(sink.flushes))
     seen = len(sink.data)
     await asyncio.sleep(0.05)
     assert len(sink.data) == seen < 10_000_000
@@ -213,25 +209,20 @@ async def test_idle_connections_are_dropped_before_the_engine_does(serve):
     engine = await serve(OK, keepalive_s=0.05)
     await engine.ask()
     assert engine.pool.open_count == 1
-    while engine.pool.open_count:
-        await asyncio.sleep(0.01)
+    await until(lambda: engine.pool.open_count == 0)
 
 
 async def test_at_most_so_many_connections_stay_idle(serve):
     engine = await serve(OK, max_idle=2)
     connections = [await engine.pool.connect() for _ in range(5)]
     await asyncio.gather(*map(engine.ask, connections))
-    async with asyncio.timeout(3):
-        while engine.pool.open_count != 2:
-            await asyncio.sleep(0.001)
+    await until(lambda: engine.pool.open_count == 2)
 
 
 async def test_a_connection_that_the_engine_closed_while_idle_is_gone_from_the_pool(serve):
     engine = await serve(OK, closes=True)
     await engine.ask()
-    async with asyncio.timeout(3):
-        while engine.pool.open_count:
-            await asyncio.sleep(0.001)
+    await until(lambda: engine.pool.open_count == 0)
     assert engine.pool.idle() is None
 
 
@@ -244,8 +235,7 @@ async def test_a_retired_pool_lets_answers_end_and_keeps_nothing(serve):
     busy.send(HEAD, b"x", sink)
     async with asyncio.timeout(3):
         await sink.over.wait()
-        while engine.pool.open_count:
-            await asyncio.sleep(0.001)
+        await until(lambda: engine.pool.open_count == 0)
     assert sink.data == b"hi"
 
 
@@ -259,9 +249,7 @@ async def test_a_cancelled_connect_leaves_no_connection(serve):
             task.cancel()
         await asyncio.wait(tasks)
         pool.close()
-        async with asyncio.timeout(3):
-            while pool.open_count:
-                await asyncio.sleep(0.001)
+        await until(lambda: pool.open_count == 0)
 
 
 async def test_an_engine_that_resets_at_once_is_an_error_of_the_connection_and_no_leak():
@@ -272,9 +260,7 @@ async def test_an_engine_that_resets_at_once_is_an_error_of_the_connection_and_n
         connection = await pool.connect()
         accepted, _ = await asyncio.get_running_loop().sock_accept(listener)
         accepted.close()
-        async with asyncio.timeout(3):
-            while connection.is_open:
-                await asyncio.sleep(0.001)
+        await until(lambda: not connection.is_open)
         sink = Sink()
         connection.send(HEAD, b"x", sink)
         assert (sink.ending, pool.open_count) == (Cause.LOST, 0)

@@ -5,39 +5,30 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import aiohttp
 
 from gateway.app import Gateway, running
 from gateway.config import Config, EngineSettings, IndexSettings, LogSettings, ServerSettings, WatchSettings, resolve
 from gateway.core.types import Health, Role
+from gateway.toml import Secret
 from loadtest.answer import ClientResult
 from loadtest.client import LoadClient, chat_request
 from loadtest.engine_types import EngineSettings as FakeEngineSettings
 from loadtest.fake_engine import FakeCluster, FakeEngine, FakeSettings
+from tests.polling import DEADLINE_S, until
 
 SPEED = 20.0
 """Engine seconds per second: a decode step takes about a quarter of a millisecond."""
-POLL_S = 0.005
-DEADLINE_S = 5.0
 MODEL = "emulated"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 QUICK_WATCH = WatchSettings(
     health_interval_s=0.05, report_interval_s=0.05, timeout_s=1.0, report_stale_s=1.0, failures_to_down=2
 )
-
-Condition: TypeAlias = Callable[[], bool] | Callable[[], Awaitable[bool]]
-
-
-async def until(condition: Condition, timeout_s: float = DEADLINE_S) -> None:
-    """Returns when the condition is true. Raises TimeoutError when that takes too long."""
-    async with asyncio.timeout(timeout_s):
-        while not (result if isinstance(result := condition(), bool) else await result):
-            await asyncio.sleep(POLL_S)
 
 
 def words(count: int, seed: int = 0) -> str:
@@ -146,6 +137,7 @@ class Start:
         fake: dict[str, Any] | None = None,
         engines: Sequence[EngineSettings] = (),
         is_awaited: bool = True,
+        api_key: str | None = None,
         **settings: Any,
     ) -> Site:
         """A gateway in front of one emulated engine per letter of `roles` (prefill, decode, both), e.g. p0 and d0.
@@ -159,7 +151,11 @@ class Start:
             role = {"p": Role.PREFILL, "d": Role.DECODE, "b": Role.BOTH}[letter]
             own = FakeEngineSettings(role=role, **(engine or {}))
             fakes[name] = await cluster.start(FakeSettings(engine=own, **(fake or {})))
-        found = [EngineSettings(url=each.url, role=each.settings.engine.role, id=name) for name, each in fakes.items()]
+        key = Secret(api_key) if api_key else None
+        found = [
+            EngineSettings(url=each.url, role=each.settings.engine.role, id=name, api_key=key)
+            for name, each in fakes.items()
+        ]
         fields = {
             "engines": (*found, *engines),
             "server": ServerSettings(port=0, shutdown_grace_s=0.5),

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 
 from gateway.config import EngineSettings
 from gateway.core.types import Role
-from tests.integration.harness import MODEL, Site, until
+from tests.integration.harness import MODEL, Site
+from tests.polling import until
 
 METRICS = b"vllm:num_requests_running 0\nvllm:num_requests_waiting 0\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
@@ -78,9 +79,11 @@ class ScriptedEngine:
 
     url: str
     script: Script
-    probes: dict[str, bytes]
-    """What it answers to the watch, by path."""
+    probes: dict[str, bytes | None]
+    """What it answers to the watch, by path; None: nothing."""
     received: list[Received] = field(default_factory=list)
+    probed: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Headers of the last probe by path."""
     connections: int = 0
     """Generation connections made so far."""
     server: asyncio.Server = field(init=False)
@@ -99,7 +102,7 @@ class ScriptedEngine:
 async def serving(script: Script | None = None, *, model: str = MODEL) -> AsyncIterator[ScriptedEngine]:
     """An engine on a free loopback port. Without a script it gives a whole chat answer."""
     models = json.dumps({"object": "list", "data": [{"id": model, "object": "model", "max_model_len": 4096}]})
-    probes = {"/health": b"", "/metrics": METRICS, "/v1/models": models.encode()}
+    probes: dict[str, bytes | None] = {"/health": b"", "/metrics": METRICS, "/v1/models": models.encode()}
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         is_counted = False
@@ -107,6 +110,9 @@ async def serving(script: Script | None = None, *, model: str = MODEL) -> AsyncI
             while not writer.is_closing():
                 received = await _receive(reader)
                 if received.path in engine.probes:
+                    engine.probed[received.path] = received.headers
+                    if engine.probes[received.path] is None:
+                        await asyncio.Event().wait()
                     writer.write(whole(engine.probes[received.path], content_type=b"text/plain"))
                     continue
                 engine.connections += not is_counted

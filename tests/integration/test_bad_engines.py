@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from gateway.config import AdmissionSettings, EngineClientSettings
-from tests.integration.harness import CHAT, Site, Start, chat_body, events, until
+from tests.integration.harness import CHAT, Site, Start, chat_body, events
 from tests.integration.scripted_engine import (
     CHUNKED,
     DONE,
@@ -22,6 +22,7 @@ from tests.integration.scripted_engine import (
     token,
     whole,
 )
+from tests.polling import until
 
 HASTY = EngineClientSettings(
     connect_timeout_s=0.4,
@@ -110,7 +111,6 @@ GARBAGE = {
     "error event": says(CHUNKED, chunk(b'data: {"error": {"message": "oops", "code": 500}}\n\n'), chunk(DONE)),
     "endless head": flood_of_headers,
     "endless body": flood_of_body,
-    "endless comments": flood_without_events,
     "endless event": flood_of_one_event,
 }
 
@@ -125,6 +125,13 @@ async def test_garbage_becomes_a_typed_502(site, engine, name, is_stream):
     assert "secret" not in str(body)
     assert response.headers["x-sluice-reason"] == "too_many_attempts"
     await until(lambda: engine.closed >= engine.connections - 1)
+
+
+async def test_endless_comments_end_at_the_bound_or_the_time_limit(site, engine):
+    engine.script = flood_without_events
+    status, _, _ = await site.post(CHAT, chat_body(stream=True))
+    assert status in (502, 504)
+    await until(lambda: engine.closed == engine.connections)
 
 
 SILENCE = {

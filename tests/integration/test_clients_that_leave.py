@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from gateway.config import AdmissionSettings, ServerSettings
-from tests.integration.harness import RawClient, Site, a_post, chat_body, events, until, words
+from tests.integration.harness import RawClient, Site, a_post, chat_body, events, words
 from tests.integration.scripted_engine import CHUNKED, DONE, ScriptedEngine, chunk, serving, token
+from tests.polling import until
 
 LONG = chat_body(words(100), max_tokens=20_000)
 

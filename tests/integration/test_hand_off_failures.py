@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from gateway.config import AdmissionSettings, EngineClientSettings
-from tests.integration.harness import CHAT, COMPLETIONS, MODEL, Site, Start, a_chat, chat_body, events, until, words
+from tests.integration.harness import CHAT, COMPLETIONS, MODEL, Site, Start, a_chat, chat_body, events, words
+from tests.polling import until
 
 PROMPT = words(200)
 QUICK_CLIENT = EngineClientSettings(connect_timeout_s=0.5, first_event_timeout_s=0.6, idle_timeout_s=0.6)

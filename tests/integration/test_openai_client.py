@@ -9,7 +9,8 @@ import openai
 import pytest
 
 from gateway.config import AdmissionSettings
-from tests.integration.harness import MODEL, Site, until
+from tests.integration.harness import MODEL, Site
+from tests.polling import until
 
 MESSAGES = [{"role": "user", "content": "Say something long"}]
 SETTINGS = {"model": MODEL, "max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}}
