@@ -51,8 +51,7 @@ class Whole:
     decided: Decided
     dispatch: Dispatch
     answer: Answer
-    usage: Usage | None
-    """What the engine counted, where it told."""
+    usage: Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,14 +276,13 @@ class Dispatcher:
             attempt.engine_down(engine_id, detail)
 
     def _finish_whole(self, request: Request, decided: Decided, dispatch: Dispatch, answer: Answer) -> Whole:
-        told = usage(answer.body) if answer.status == 200 else None
-        counts = told or Usage()
+        told = usage(answer.body) or Usage()
         self._driver.apply(
             Finished(
                 request.id,
-                output_tokens=counts.output_tokens,
-                prompt_tokens=counts.prompt_tokens,
-                cached_tokens=counts.cached_tokens,
+                output_tokens=told.output_tokens,
+                prompt_tokens=told.prompt_tokens,
+                cached_tokens=told.cached_tokens,
             )
         )
         return Whole(decided, dispatch, answer, told)

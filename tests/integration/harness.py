@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -45,6 +45,8 @@ class Site:
     fakes: dict[str, FakeEngine]
     client: LoadClient
     session: aiohttp.ClientSession
+    stop: Callable[[], Awaitable[None]]
+    """Stops the gateway as a signal would; returns when it has ended."""
 
     @property
     def url(self) -> str:
@@ -163,14 +165,32 @@ class Start:
             "index": IndexSettings(max_blocks=1000),
             "log": LogSettings(),
         }
-        gateway = await self.stack.enter_async_context(running(resolve(Config(**(fields | settings)))))
+        gateway, stop = await self._gateway(resolve(Config(**(fields | settings))))
         client = await self.stack.enter_async_context(LoadClient(gateway.url))
         session = await self.stack.enter_async_context(aiohttp.ClientSession())
-        site = Site(gateway, cluster, fakes, client, session)
+        site = Site(gateway, cluster, fakes, client, session, stop)
         self.sites.append(site)
         if is_awaited:
             await until(lambda: all(map(site.is_up, fakes)))
         return site
+
+    async def _gateway(self, config: Config) -> tuple[Gateway, Callable[[], Awaitable[None]]]:
+        """A gateway in a task of its own, and how to stop it."""
+        started: asyncio.Future[Gateway] = asyncio.get_running_loop().create_future()
+        is_stopped = asyncio.Event()
+
+        async def run() -> None:
+            async with running(config) as gateway:
+                started.set_result(gateway)
+                await is_stopped.wait()
+
+        async def stop() -> None:
+            is_stopped.set()
+            await task
+
+        task = asyncio.create_task(run())
+        self.stack.push_async_callback(stop)
+        return await started, stop
 
     async def __aenter__(self) -> Self:
         return self
