@@ -103,6 +103,7 @@ async def serving(script: Script | None = None, *, model: str = MODEL) -> AsyncI
     """An engine on a free loopback port. Without a script it gives a whole chat answer."""
     models = json.dumps({"object": "list", "data": [{"id": model, "object": "model", "max_model_len": 4096}]})
     probes: dict[str, bytes | None] = {"/health": b"", "/metrics": METRICS, "/v1/models": models.encode()}
+    probes["/kv_event_sources"] = b"{}"
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         is_counted = False
