@@ -113,7 +113,8 @@ async def serving(script: Script | None = None, *, model: str = MODEL) -> AsyncI
                 if received.path in engine.probes:
                     engine.probed[received.path] = received.headers
                     if engine.probes[received.path] is None:
-                        await asyncio.Event().wait()
+                        await reader.read()  # until the gateway hangs up
+                        return
                     writer.write(whole(engine.probes[received.path], content_type=b"text/plain"))
                     continue
                 engine.connections += not is_counted
