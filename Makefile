@@ -5,7 +5,7 @@ DEMO_SECONDS ?=
 DEMO_PORT ?= 8000
 ENGINE_BIN := .venv-vllm/bin
 
-.PHONY: install demo test lint test-engines engines lock clean
+.PHONY: install demo test lint test-engines engines lock docs clean
 
 install: .venv/.installed
 
@@ -41,6 +41,10 @@ lock:
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
 		--python-version 3.11 --extra dev --output-file requirements.lock --custom-compile-command "make lock" pyproject.toml
+
+# Writes the table of settings into README.md.
+docs: install
+	$(BIN)/python -m gateway.config_reference --write README.md
 
 clean:
 	rm -rf .venv .venv-vllm .out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

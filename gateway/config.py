@@ -73,6 +73,8 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Seconds an idle client connection stays open."""
     body_timeout_s: Seconds = 30.0
     """Seconds without a byte after which a request whose body is not complete is answered 408."""
+    write_timeout_s: Seconds = 60.0
+    """Seconds for which a client may leave its stream unread; then its connection is closed and its engine freed."""
     shutdown_grace_s: Annotated[float, Meta(ge=0, le=86_400)] = 30.0
     """Seconds that running requests are given to end after a stop signal; 0 ends them at once."""
 
@@ -101,7 +103,15 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         ]
         | None
     ) = None
-    """ZMQ endpoint on which the engine publishes KV events (`tcp://host:port`); not set: it does not."""
+    """ZMQ endpoint on which the engine publishes KV events (`tcp://host:port`); not set: the engine is asked."""
+    kv_events_replay_endpoint: (
+        Annotated[
+            str,
+            Meta(pattern=r"\A(tcp://\S+:\d{1,5}|ipc://\S+)\Z", description="a ZMQ endpoint such as tcp://host:5558"),
+        ]
+        | None
+    ) = None
+    """ZMQ endpoint that replays KV events (`tcp://host:port`), beside `kv_events_endpoint`; not set: none."""
     metrics_url: (
         Annotated[str, Meta(pattern=r"\Ahttps?://[^\s/?#@]+(/\S*)?\Z", description="an http or https URL")] | None
     ) = None
@@ -130,6 +140,8 @@ class EngineClientSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Seconds to make a TCP connection."""
     first_event_timeout_s: Seconds = 60.0
     """Seconds from sending a request to its first data event, after which the attempt is a time-out."""
+    answer_timeout_s: Seconds = 600.0
+    """Seconds for an answer that is not streamed, of which nothing is seen until all of it is generated."""
     idle_timeout_s: Seconds = 30.0
     """Longest gap in seconds between two pieces of an answer that the client already receives."""
     keepalive_s: Annotated[float, Meta(gt=0, lt=5)] = 2.5
@@ -151,7 +163,7 @@ class WatchSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Seconds after which an unanswered probe counts as a failure."""
     report_stale_s: Seconds = 3.0
     """Age in seconds at which a report no longer says how busy an engine is; above `report_interval_s`."""
-    failures_to_down: Annotated[int, Meta(ge=1, le=1_000)] = 2
+    failures_to_down: Annotated[int, Meta(ge=1, le=1_000)] = 3
     """Consecutive failed probes (a count) that make an engine down."""
 
 
@@ -188,13 +200,6 @@ class PredictorSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Fields of that predictor, with its own units and ranges."""
 
 
-class StoreSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where gateways share what they know."""
-
-    name: Name = "memory"
-    """A name in the table of stores, or `module:Class`; at most 256 characters."""
-
-
 class LogSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Log lines on standard error."""
 
@@ -213,18 +218,13 @@ class JournalSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Most bytes the journal takes on disk."""
 
 
-class TrustSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is believed of clients."""
-
-    forwarded_headers: bool = False
-    """true or false: accept routing-internal headers, because only trusted proxies can connect."""
-
-
 class IndexSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The map of which engine holds which KV blocks."""
 
     max_blocks: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 2_000_000
     """Blocks remembered at once, over all engines."""
+    observed_age_s: Seconds = 600.0
+    """Seconds for which a block of an engine that publishes no events is believed to be cached without being used."""
 
 
 class TokenSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -232,8 +232,10 @@ class TokenSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     tokenizer: Name | None = None
     """Path of a `tokenizer.json` or of its folder; not set: none of our own."""
-    cached_prompts: Annotated[int, Meta(ge=0, le=1_000_000)] = 4_096
-    """Tokenised prompts remembered, as a count; 0 remembers none."""
+    ask_engine: bool = True
+    """true or false: without a tokenizer of its own the gateway asks an engine's `/tokenize` for token ids."""
+    cache_bytes: Bytes = 64 * 2**20
+    """Memory in bytes for tokenised parts of prompts, so that a growing conversation is not tokenised anew."""
     characters_per_token: Annotated[float, Meta(gt=0, le=100)] = 4.0
     """First guess for estimating lengths, in characters per token."""
 
@@ -257,14 +259,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[policy]`."""
     predictor: PredictorSettings = PredictorSettings()
     """`[predictor]`."""
-    store: StoreSettings = StoreSettings()
-    """`[store]`."""
     log: LogSettings = LogSettings()
     """`[log]`."""
     journal: JournalSettings = JournalSettings()
     """`[journal]`."""
-    trust: TrustSettings = TrustSettings()
-    """`[trust]`."""
     index: IndexSettings = IndexSettings()
     """`[index]`."""
     tokens: TokenSettings = TokenSettings()

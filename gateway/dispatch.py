@@ -13,7 +13,21 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 
-from adapters.base import Adapter, Answer, Call, Command, Commit, Exchange, Hangup, Happening, Leg, Note, Payload, Retry
+from adapters.answers import Usage, usage
+from adapters.base import (
+    Adapter,
+    Answer,
+    Call,
+    Command,
+    Commit,
+    Exchange,
+    Hangup,
+    Happening,
+    Leg,
+    Payload,
+    Prefilled,
+    Retry,
+)
 from gateway.core.events import AttemptFailed, EngineHealth, Finished, FirstToken, Left, PrefillDone
 from gateway.core.types import Dispatch, Engine, Health, Reject, Request
 from gateway.driver import Decided, Driver
@@ -37,6 +51,8 @@ class Whole:
     decided: Decided
     dispatch: Dispatch
     answer: Answer
+    usage: Usage | None
+    """What the engine counted, where it told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +95,7 @@ class Engines:
         address = Address.of(engine.url)
         if pool is None or pool.address != address:
             if pool is not None:
-                pool.close()
+                pool.retire()
             pool = ConnectionPool(address, keepalive_s=self._keepalive_s, max_idle=self._max_idle)
             self._pools[engine.id] = pool
         return pool
@@ -100,9 +116,14 @@ class Engines:
         return "\r\n".join((*lines, "", "")).encode("latin-1", "replace")
 
     def forget(self, engine_id: str) -> None:
-        """Closes the connections to an engine that left."""
+        """Drops the connections to an engine that left; answers under way may end."""
         if pool := self._pools.pop(engine_id, None):
-            pool.close()
+            pool.retire()
+
+    @property
+    def open_count(self) -> int:
+        """Connections open now."""
+        return sum(pool.open_count for pool in self._pools.values())
 
     def close(self) -> None:
         """Closes every connection."""
@@ -114,11 +135,20 @@ class Engines:
 class Attempt:
     """One Exchange under way. `close` hangs up whatever is still open; it may be called at any time, and again."""
 
-    def __init__(self, exchange: Exchange, engines: Engines, limits: CallLimits, on_prefill_done: Callable[[], None]):
+    def __init__(
+        self,
+        exchange: Exchange,
+        engines: Engines,
+        limits: CallLimits,
+        on_prefilled: Callable[[Prefilled], None],
+        *,
+        is_stream: bool,
+    ) -> None:
         self._exchange = exchange
         self._engines = engines
         self._limits = limits
-        self._on_prefill_done = on_prefill_done
+        self._on_prefilled = on_prefilled
+        self._is_stream = is_stream
         self._calls: dict[Leg, EngineCall] = {}
         self._happenings: asyncio.Queue[Happening | StaleConnection] = asyncio.Queue()
 
@@ -156,8 +186,8 @@ class Attempt:
                     to_send.append(call)
                 case Hangup(leg):
                     self._calls[leg].close()
-                case Note():
-                    self._on_prefill_done()
+                case Prefilled() as prefilled:
+                    self._on_prefilled(prefilled)
                 case Commit():
                     result = next(call for call in self._calls.values() if call.call.is_answer)
                 case Retry() | Answer() as ending:
@@ -172,7 +202,8 @@ class Attempt:
 
     async def _send(self, call: Call) -> None:
         pool = self._engines.pool(call.engine)
-        engine_call = EngineCall(call, pool, self._limits, self._happenings.put_nowait)
+        is_whole = call.is_answer and not self._is_stream
+        engine_call = EngineCall(call, pool, self._limits, self._happenings.put_nowait, is_whole=is_whole)
         self._calls[call.leg] = engine_call
         await engine_call.send(self._engines.request_head(call))
 
@@ -186,6 +217,11 @@ class Dispatcher:
         self._engines = engines
         self._limits = limits
         self._attempts: set[Attempt] = set()
+
+    @property
+    def running_count(self) -> int:
+        """Attempts under way."""
+        return len(self._attempts)
 
     async def serve(self, request: Request, payload: Payload, stream: StreamAnswer) -> Refused | Whole | Streamed:
         """Serves one request to its end. Cancelling it hangs up and releases everything."""
@@ -213,7 +249,11 @@ class Dispatcher:
         if prefill is None or decode is None:  # it left between the decision and this turn of the loop
             return Retry(dispatch.estimate.prefill if prefill is None else dispatch.estimate.decode, "engine_left")
         exchange = self._adapters[decode.adapter].open(payload, prefill, decode)
-        attempt = Attempt(exchange, self._engines, self._limits, lambda: self._driver.apply(PrefillDone(request.id)))
+
+        def prefilled(told: Prefilled) -> None:
+            self._driver.apply(PrefillDone(request.id, told.prompt_tokens, told.cached_tokens))
+
+        attempt = Attempt(exchange, self._engines, self._limits, prefilled, is_stream=payload.is_stream)
         self._attempts.add(attempt)
         try:
             result = await attempt.result()
@@ -221,8 +261,7 @@ class Dispatcher:
                 case Retry():
                     return result
                 case Answer():
-                    self._driver.apply(Finished(request.id))
-                    return Whole(decided, dispatch, result)
+                    return self._finish_whole(request, decided, dispatch, result)
                 case EngineCall():
                     self._driver.apply(FirstToken(request.id))
                     end = await stream(result, decided, dispatch)
@@ -236,6 +275,19 @@ class Dispatcher:
         """Fails the calls to that engine that have shown nothing yet, so that they are tried elsewhere now."""
         for attempt in list(self._attempts):
             attempt.engine_down(engine_id, detail)
+
+    def _finish_whole(self, request: Request, decided: Decided, dispatch: Dispatch, answer: Answer) -> Whole:
+        told = usage(answer.body) if answer.status == 200 else None
+        counts = told or Usage()
+        self._driver.apply(
+            Finished(
+                request.id,
+                output_tokens=counts.output_tokens,
+                prompt_tokens=counts.prompt_tokens,
+                cached_tokens=counts.cached_tokens,
+            )
+        )
+        return Whole(decided, dispatch, answer, told)
 
     def _finish_stream(self, request: Request, end: StreamEnd) -> None:
         finished = Finished(

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapters.base import Answered, Broken, Call, Cause, Happening, HeadEvent
-from adapters.sse import first_event
+from adapters.sse import MAX_EVENT_BYTES, first_event
 from gateway.core.errors import MalformedEngineData
 from gateway.upstream import ConnectionPool, EngineConnection
 
 EVENT_STREAM = b"text/event-stream"
+BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
+MAX_HEAD_START_BYTES = MAX_EVENT_BYTES + 2**20
+"""Bytes of a stream held back before it is committed: one event of the largest size, and whatever is read with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,7 @@ class CallLimits:
 
     connect_timeout_s: float
     first_event_timeout_s: float
+    answer_timeout_s: float
     max_response_bytes: int
 
 
@@ -61,13 +65,18 @@ class EngineCall:
         pool: ConnectionPool,
         limits: CallLimits,
         report: Callable[[Happening | StaleConnection], None],
+        *,
+        is_whole: bool,
     ) -> None:
+        """`is_whole`: nothing of the answer comes before all of it is generated."""
         self.call = call
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self._pool = pool
-        self._limits = limits
+        self._connect_timeout_s = limits.connect_timeout_s
+        self._max_bytes = limits.max_response_bytes
         self._report = report
+        self._limit_s = limits.answer_timeout_s if is_whole else limits.first_event_timeout_s
         self._connection: EngineConnection | None = None
         self._held = bytearray()
         self._seen = 0
@@ -92,9 +101,8 @@ class EngineCall:
             return
         self._connection = connection
         loop = asyncio.get_running_loop()
-        limit_s = self._limits.first_event_timeout_s
-        self._timer = loop.call_later(limit_s, self._timed_out, limit_s)
-        if self.call.head_within_s is not None and self.call.head_within_s < limit_s:
+        self._timer = loop.call_later(self._limit_s, self._timed_out, self._limit_s)
+        if self.call.head_within_s is not None and self.call.head_within_s < self._limit_s:
             self._head_timer = loop.call_later(self.call.head_within_s, self._timed_out, self.call.head_within_s)
         connection.send(request_head, self.call.body, self)
 
@@ -137,22 +145,27 @@ class EngineCall:
 
     async def _connect(self) -> EngineConnection | None:
         try:
-            async with asyncio.timeout(self._limits.connect_timeout_s):
+            async with asyncio.timeout(self._connect_timeout_s):
                 return await self._pool.connect()
         except TimeoutError:
-            self._tell(Broken(self.call.leg, Cause.CONNECT, f"no connection in {self._limits.connect_timeout_s:g} s"))
+            self._tell(Broken(self.call.leg, Cause.CONNECT, f"no connection in {self._connect_timeout_s:g} s"))
         except OSError as error:
             self._tell(Broken(self.call.leg, Cause.CONNECT, error.strerror or type(error).__name__))
         return None
 
     def give_up(self, detail: str) -> None:
-        """Ends the call as lost, if nothing was reported of it yet: its engine is known to be down."""
-        if not self._is_reported and not self._is_closed:
-            self._tell(Broken(self.call.leg, Cause.LOST, detail))
-            self.close()
+        """Ends the call as lost unless it is relayed or over: its engine is known to be down."""
+        if self._relay is None and not self._is_closed:
+            self._drop(Cause.LOST, detail)
 
     def _timed_out(self, limit_s: float) -> None:
-        self._tell(Broken(self.call.leg, Cause.HEAD_TIMEOUT, f"no answer in {limit_s:g} s"))
+        self._drop(Cause.HEAD_TIMEOUT, f"no answer in {limit_s:g} s")
+
+    def _drop(self, cause: Cause, detail: str) -> None:
+        """Hangs up and says why; a relay that was about to begin hears it too."""
+        if not self._is_ended:
+            self._ending = cause, detail
+        self._tell(Broken(self.call.leg, cause, detail))
         self.close()
 
     # ---- ResponseSink -----------------------------------------------------------------------------------------------
@@ -171,10 +184,8 @@ class EngineCall:
     def flush(self) -> None:
         if self._relay is not None:
             self._relay.flush()
-        elif len(self._held) > self._limits.max_response_bytes:
-            limit_bytes = self._limits.max_response_bytes
-            self._tell(Broken(self.call.leg, Cause.TOO_LARGE, f"answer over {limit_bytes} bytes"))
-            self.close()
+        elif len(self._held) > (limit_bytes := MAX_HEAD_START_BYTES if self.is_stream else self._max_bytes):
+            self._drop(Cause.TOO_LARGE, f"answer over {limit_bytes} bytes")
         elif self.is_stream and not self._is_reported:
             self._report_events()
 
@@ -216,14 +227,16 @@ class EngineCall:
         """Reports the whole events that were held back since the last look."""
         try:
             while not self._is_closed:
-                data, size = first_event(bytes(self._held[self._seen :]))
+                unseen = bytes(self._held[self._seen :])
+                boundary = last_boundary(unseen)
+                data, size = first_event(unseen) if boundary else (None, 0)
                 if data is None:
+                    self._seen += boundary  # comments and fields without data, not to be read again
                     return
                 self._seen += size
                 self._report(HeadEvent(self.call.leg, data))
         except MalformedEngineData as error:
-            self._tell(Broken(self.call.leg, Cause.GARBAGE, error.message))
-            self.close()
+            self._drop(Cause.GARBAGE, error.message)
 
     def _tell(self, happening: Happening) -> None:
         self._stop_timer()
@@ -236,3 +249,9 @@ class EngineCall:
             if timer is not None:
                 timer.cancel()
         self._timer = self._head_timer = None
+
+
+def last_boundary(data: bytes) -> int:
+    """Where the last whole event of `data` ends: the offset after its blank line, 0 when there is none."""
+    ends = (data.rfind(separator) + len(separator) for separator in BLANK_LINES if separator in data)
+    return max(ends, default=0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,10 +16,10 @@ from secrets import token_hex
 
 import msgspec
 import structlog
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from adapters.answers import error_body, models_body, refusal
-from adapters.base import Payload, Retry
+from adapters.base import Retry
 from adapters.headers import client_request_id
 from adapters.openai import CHAT, COMPLETIONS, parse
 from gateway.body import read_body
@@ -37,8 +36,9 @@ from gateway.core.types import Dispatch, Reject, RejectReason, Request
 from gateway.dispatch import Dispatcher, Refused, Streamed, StreamEnd, Whole
 from gateway.driver import Decided, Driver
 from gateway.engine_call import EngineCall
-from gateway.prompt_length import PromptLength
+from gateway.gather import Gather, Gathered
 from gateway.relay import StreamRelay
+from gateway.server import SERVER_NAME
 
 log = structlog.get_logger("sluice.request")
 
@@ -71,10 +71,11 @@ Handler = Callable[[web.BaseRequest, "Exchanged"], Awaitable[web.StreamResponse]
 
 @dataclass(frozen=True, slots=True)
 class HandlerLimits:
-    """Bounds on what a client may send."""
+    """Bounds on what a client may send, and on how long it or its engine may do nothing."""
 
     max_body_bytes: int
     body_timeout_s: float
+    write_timeout_s: float
     idle_timeout_s: float
 
 
@@ -89,12 +90,11 @@ class Exchanged:
     began_at: float
     model: str | None = None
     outcome: str = "error"
-    attempts: int = 0
     dispatch: Dispatch | None = None
 
     def headers(self) -> dict[str, str]:
         """Headers of every answer."""
-        return {"x-request-id": self.echoed_id}
+        return {"server": SERVER_NAME, "x-request-id": self.echoed_id}
 
 
 def explain(exchanged: Exchanged, decided: Decided, dispatch: Dispatch) -> dict[str, str]:
@@ -106,6 +106,7 @@ def explain(exchanged: Exchanged, decided: Decided, dispatch: Dispatch) -> dict[
         "x-sluice-decision-us": str(round(decided.decision_s * 1e6)),
         "x-sluice-attempts": str(dispatch.attempt),
         "x-sluice-predicted-ttft-ms": f"{estimate.ttft_s * 1e3:.1f}",
+        "x-sluice-cached-tokens": str(estimate.cached_tokens),
     }
 
 
@@ -113,11 +114,11 @@ class Handlers:
     """The routes. Call it with a request."""
 
     def __init__(
-        self, driver: Driver, dispatcher: Dispatcher, lengths: PromptLength, limits: HandlerLimits, *, started_at: float
+        self, driver: Driver, dispatcher: Dispatcher, gather: Gather, limits: HandlerLimits, *, started_at: float
     ) -> None:
         self._driver = driver
         self._dispatcher = dispatcher
-        self._lengths = lengths
+        self._gather = gather
         self._limits = limits
         self._started_at = started_at
         self._routes: Mapping[str, tuple[str, Handler]] = {
@@ -170,6 +171,7 @@ class Handlers:
         raw = await read_body(request, self._limits.max_body_bytes, self._limits.body_timeout_s)
         payload = parse(request.path, raw, list(request.headers.items()), request_id=exchanged.id)
         exchanged.model = payload.model
+        gathered = await self._gather(payload, arrived_at=exchanged.began_at)
         streamed: list[web.StreamResponse] = []
 
         async def stream(call: EngineCall, decided: Decided, dispatch: Dispatch) -> StreamEnd:
@@ -177,21 +179,24 @@ class Handlers:
             response.content_type = "text/event-stream"
             response.headers["cache-control"] = "no-cache"
             response.headers["x-accel-buffering"] = "no"
-            response.enable_chunked_encoding()
+            if request.version >= HttpVersion11:
+                response.enable_chunked_encoding()
             streamed.append(response)
             relay = StreamRelay(
                 request,
                 call,
                 idle_timeout_s=self._limits.idle_timeout_s,
+                write_timeout_s=self._limits.write_timeout_s,
                 expects_done=payload.path in (CHAT, COMPLETIONS),
                 on_progress=lambda tokens: self._driver.apply(Progress(exchanged.id, tokens)),
             )
             return await relay.run(response)
 
-        ending = await self._dispatcher.serve(self._core_request(payload, exchanged), payload, stream)
+        ending = await self._dispatcher.serve(gathered.request, gathered.payload, stream)
+        self._learn_length(gathered, ending)
         match ending:
             case Refused(decided, reject, failure):
-                exchanged.outcome, exchanged.attempts = reject.reason, 0
+                exchanged.outcome = reject.reason
                 return self._refused(reject, failure, exchanged)
             case Whole(decided, dispatch, answer):
                 exchanged.outcome, exchanged.dispatch = "served", dispatch
@@ -201,16 +206,15 @@ class Handlers:
                 exchanged.outcome, exchanged.dispatch = end.failure or "served", dispatch
                 return streamed[0]
 
-    def _core_request(self, payload: Payload, exchanged: Exchanged) -> Request:
-        return Request(
-            id=exchanged.id,
-            model=payload.model or "",
-            arrived_at=exchanged.began_at,
-            prompt_tokens=self._lengths.tokens(payload),
-            is_prompt_exact=payload.prompt_tokens is not None,
-            max_output_tokens=payload.max_output_tokens,
-            can_hand_off=payload.can_hand_off,
-        )
+    def _learn_length(self, gathered: Gathered, ending: Refused | Whole | Streamed) -> None:
+        """Tells the estimator of prompt lengths what an engine counted."""
+        told = None
+        if isinstance(ending, Streamed):
+            told = ending.end.prompt_tokens
+        elif isinstance(ending, Whole) and ending.usage is not None:
+            told = ending.usage.prompt_tokens
+        if told is not None:
+            self._gather.learn(gathered, told)
 
     def _refused(self, reject: Reject, failure: Retry | None, exchanged: Exchanged) -> web.Response:
         """A refusal of the core as an answer. After a failed attempt the failure is what the client should hear of."""
@@ -243,7 +247,7 @@ class Handlers:
 
     async def ready(self, request: web.BaseRequest, exchanged: Exchanged) -> web.StreamResponse:
         """Whether some pair can serve, and what every engine is."""
-        cluster = self._driver.scheduler.cluster
+        cluster, prefixes, now = self._driver.scheduler.cluster, self._driver.scheduler.prefixes, self._driver.now()
         probe = Request(id="ready", model="", arrived_at=self._driver.now(), prompt_tokens=1)
         missing = refuse_missing_role(probe, [state.engine for state in cluster.engines.values()], cluster)
         body = {
@@ -256,6 +260,9 @@ class Handlers:
                     "health": state.health,
                     "reason": state.health_reason,
                     "in_flight": state.in_flight_count,
+                    "report_age_s": None if state.reported_at is None else round(now - state.reported_at, 3),
+                    "prefixes": prefixes.source(state.engine.id),
+                    "prefix_agreement": agreement.ratio if (agreement := prefixes.agreement(state.engine.id)) else None,
                 }
                 for state in cluster.engines.values()
             ],
@@ -291,8 +298,3 @@ class Handlers:
             attempts=exchanged.dispatch.attempt if exchanged.dispatch else None,
             duration_s=round(self._driver.now() - exchanged.began_at, 4),
         )
-
-
-def started_now() -> float:
-    """Unix time, for the `created` field of the model list."""
-    return time.time()

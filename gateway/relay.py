@@ -24,9 +24,8 @@ from adapters.sse import MAX_EVENT_BYTES, EventCounter
 from gateway.core.errors import EngineUnavailable, MalformedEngineData
 from gateway.core.gaps import GapHistogram
 from gateway.dispatch import StreamEnd
-from gateway.engine_call import EngineCall
+from gateway.engine_call import EngineCall, last_boundary
 
-BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 PROGRESS_EVENTS = 32
 """Events between two words to the scheduler: it wants to know how far a decode is, not each step of it."""
 
@@ -48,12 +47,14 @@ class StreamRelay:
         call: EngineCall,
         *,
         idle_timeout_s: float,
+        write_timeout_s: float,
         expects_done: bool,
         on_progress: Callable[[int], None],
     ) -> None:
         self._request = request
         self._call = call
         self._idle_timeout_s = idle_timeout_s
+        self._write_timeout_s = write_timeout_s
         self._expects_done = expects_done
         self._on_progress = on_progress
         self._transport = cast(asyncio.Transport, request.transport)
@@ -77,7 +78,7 @@ class StreamRelay:
         try:
             await response.prepare(self._request)
             self._is_chunked = bool(response.chunked)
-            await self._send_first(response)
+            self._request.writer.send_headers()
             self._call.relay_to(self)
             while not self._is_ended or self._turn.done():
                 await self._next_turn()
@@ -87,22 +88,25 @@ class StreamRelay:
             await response.write(b"data: " + refusal(EngineUnavailable(self._failure)) + b"\n\n")
         return self._end()
 
-    async def _send_first(self, response: web.StreamResponse) -> None:
-        """The held-back bytes in one write with the headers."""
-        whole = self._take_whole(self._call.take_held())
-        await response.write(whole)
-
     async def _next_turn(self) -> None:
         turn = await self._turn
         self._turn = self._loop.create_future()
         if turn is Turn.CLIENT_IS_SLOW:
-            await self._request.writer.drain()
+            await self._drain()
             self._heard_at = self._event_at = self._loop.time()  # the pause was the client's, not the engine's
             self._call.resume()
         elif turn is Turn.ENGINE_IS_SILENT:
             self._call.close()
-            self._failure = f"the engine sent nothing for {self._idle_timeout_s:g} s"
-            self._is_ended = True
+            self._fail(f"the engine sent nothing for {self._idle_timeout_s:g} s")
+
+    async def _drain(self) -> None:
+        """Returns when the client reads on. Raises ConnectionError when it does not in time."""
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._request.writer.drain()
+        except TimeoutError:
+            self._transport.abort()
+            raise ConnectionError(f"the client read nothing for {self._write_timeout_s:g} s") from None
 
     # ---- BodySink: called from the engine connection ----------------------------------------------------------------
 
@@ -174,7 +178,9 @@ class StreamRelay:
         self._idle_timer = self._loop.call_later(left_s, self._check_idle)
 
     def _fail(self, failure: str) -> None:
-        self._failure = failure
+        """Ends the stream; after its `[DONE]` nothing was missing, however the engine's connection ended."""
+        if not self._counter.is_done or self._tail:
+            self._failure = failure
         self._wake(Turn.ENDED)
 
     def _wake(self, turn: Turn) -> None:
@@ -193,9 +199,3 @@ class StreamRelay:
             tbt_s=self._gaps.slow_mean_s,
             failure=self._failure or ("the engine reported an error" if self._counter.is_error else None),
         )
-
-
-def last_boundary(data: bytes) -> int:
-    """Where the last whole event of `data` ends: the offset after its blank line, 0 when there is none."""
-    ends = (data.rfind(separator) + len(separator) for separator in BLANK_LINES if separator in data)
-    return max(ends, default=0)

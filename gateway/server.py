@@ -17,6 +17,9 @@ from adapters.answers import error_body
 
 log = structlog.get_logger("sluice.server")
 
+SERVER_NAME = "sluice"
+"""The `server` header of every answer, in place of aiohttp's, which tells versions."""
+HEADERS = {"server": SERVER_NAME}
 LINGER_S = 1.0
 """How long a refused body is still read and thrown away, so that the client sees the answer and not a reset."""
 
@@ -52,7 +55,7 @@ class Connection(web.RequestHandler):
         kind = "invalid_request_error" if status < 500 else "internal_error"
         text = (message or "The request is not valid HTTP.").splitlines()[0] if status < 500 else "The gateway failed."
         body = error_body(text, kind, code=status)
-        response = web.Response(status=status, body=body, content_type="application/json")
+        response = web.Response(status=status, body=body, content_type="application/json", headers=HEADERS)
         response.force_close()
         return response
 

@@ -9,6 +9,7 @@ engine drops them (uvicorn: 5 s), because a POST that meets a closing connection
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,8 +47,12 @@ class EngineConnection(asyncio.Protocol):
     """One connection. `send` starts a response into a sink; a complete one gives the connection back to its pool."""
 
     def __init__(
-        self, on_idle: Callable[[EngineConnection], None], on_closed: Callable[[EngineConnection], None]
+        self,
+        on_open: Callable[[EngineConnection], None],
+        on_idle: Callable[[EngineConnection], None],
+        on_closed: Callable[[EngineConnection], None],
     ) -> None:
+        self._on_open = on_open
         self._on_idle = on_idle
         self._on_closed = on_closed
         self._transport: asyncio.Transport | None = None
@@ -57,6 +62,7 @@ class EngineConnection(asyncio.Protocol):
         self._head_bytes = 0
         self._is_head_done = False
         self._is_until_close = False
+        self._is_paused = False
         self.idle_since = 0.0
         self.is_reused = False
         self.has_answered = False
@@ -69,13 +75,16 @@ class EngineConnection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def send(self, request: bytes, body: bytes, sink: ResponseSink) -> None:
-        """Sends one request; the response goes to `sink`. The connection must be open and idle."""
-        assert self._transport is not None
+        """Sends one request; the response goes to `sink`. The connection must be idle."""
         assert self._sink is None, "one request at a time"
+        self.has_answered = False
+        if self._transport is None or self._transport.is_closing():
+            sink.broken(Cause.LOST, "connection closed by the engine")
+            return
         self._sink = sink
         self._parser = httptools.HttpResponseParser(self)
         self._headers, self._head_bytes = {}, 0
-        self._is_head_done = self._is_until_close = self.has_answered = False
+        self._is_head_done = self._is_until_close = False
         self._transport.writelines((request, body))
 
     def abort(self) -> None:
@@ -87,17 +96,20 @@ class EngineConnection(asyncio.Protocol):
     def pause(self) -> None:
         """Stops reading: the engine's send buffer fills and it stops too."""
         if self.is_open and self._transport is not None:
+            self._is_paused = True
             self._transport.pause_reading()
 
     def resume(self) -> None:
         """Reads on."""
-        if self.is_open and self._transport is not None:
+        if self._is_paused and self.is_open and self._transport is not None:
+            self._is_paused = False
             self._transport.resume_reading()
 
     # ---- asyncio.Protocol -------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._on_open(self)
 
     def data_received(self, data: bytes) -> None:
         if self._sink is None or self._parser is None:
@@ -136,6 +148,10 @@ class EngineConnection(asyncio.Protocol):
 
     # ---- httptools callbacks ----------------------------------------------------------------------------------------
 
+    def on_message_begin(self) -> None:
+        if self._sink is None:  # a second answer to one request: whose the next bytes are cannot be known
+            self.abort()
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.lower()] = value
 
@@ -162,11 +178,12 @@ class EngineConnection(asyncio.Protocol):
         sink, self._sink = self._sink, None
         if sink is None:
             return
+        sink.flush()
+        self.resume()  # a slow client's pause ends with its answer: the next request's answer is another's
         if self._parser.should_keep_alive() and self.is_open:
             self._on_idle(self)
         elif self._transport is not None:
             self._transport.close()
-        sink.flush()
         sink.end()
 
 
@@ -202,6 +219,7 @@ class ConnectionPool:
         self._open: set[EngineConnection] = set()
         self._loop = asyncio.get_running_loop()
         self._sweep: asyncio.TimerHandle | None = None
+        self._ssl = ssl.create_default_context() if address.is_tls else None
 
     @property
     def open_count(self) -> int:
@@ -220,13 +238,18 @@ class ConnectionPool:
     async def connect(self) -> EngineConnection:
         """A new connection. Raises OSError when the engine refuses it."""
         _, connection = await self._loop.create_connection(
-            lambda: EngineConnection(self._became_idle, self._closed),
+            lambda: EngineConnection(self._open.add, self._became_idle, self._open.discard),
             self.address.host,
             self.address.port,
-            ssl=True if self.address.is_tls else None,
+            ssl=self._ssl,
         )
-        self._open.add(connection)
         return connection
+
+    def retire(self) -> None:
+        """Keeps no connection any more; those that are busy close when their answer ends."""
+        self._max_idle = 0
+        while self._idle:
+            self._idle.popleft().abort()
 
     def close(self) -> None:
         """Aborts every connection, busy ones too."""
@@ -249,8 +272,3 @@ class ConnectionPool:
         while self._idle and self._idle[0].idle_since <= oldest_at:
             self._idle.popleft().abort()
         self._sweep = self._loop.call_later(self._keepalive_s, self._drop_old) if self._idle else None
-
-    def _closed(self, connection: EngineConnection) -> None:
-        self._open.discard(connection)
-        if connection in self._idle:
-            self._idle.remove(connection)

@@ -70,7 +70,7 @@ class Watch:
         # Probes are rare and an engine closes idle connections: a fresh one each time cannot meet a closing one.
         connector = aiohttp.TCPConnector(force_close=True, limit=0)
         async with (
-            aiohttp.ClientSession(timeout=timeout, connector=connector) as session,
+            aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as session,
             asyncio.TaskGroup() as group,
         ):
             async for change in changes:
@@ -78,7 +78,10 @@ class Watch:
                     case EngineFound(engine):
                         self._stop(engine.id)
                         self._driver.apply(change)
-                        self._followers[engine.id] = group.create_task(self._follow(engine, session))
+                        if engine.adapter in self._adapters:
+                            self._followers[engine.id] = group.create_task(self._follow(engine, session))
+                        else:
+                            self._set_down(engine.id, f"there is no adapter {engine.adapter!r} here")
                     case EngineLost(engine_id):
                         self._stop(engine_id)
                         self._driver.apply(change)
@@ -124,7 +127,9 @@ class Watch:
         adapter = self._adapters[engine.adapter]
         body = await self._get(engine, engine.url + adapter.models_path, session)
         self._take_facts(engine.id, adapter.parse_models(body))
-        await self._read_report(engine, session)
+        if not self._is_up(engine.id):
+            with contextlib.suppress(*ProbeError):  # nice to have at once; an engine without metrics can serve
+                await self._read_report(engine, session)
 
     async def _read_report(self, engine: Engine, session: aiohttp.ClientSession) -> None:
         adapter = self._adapters[engine.adapter]
@@ -141,6 +146,7 @@ class Watch:
         learnt = replace(
             known,
             models=known.models if facts.models is None else facts.models,
+            lora_names=known.lora_names if facts.models is None else facts.lora_names,
             block_tokens=facts.block_tokens or known.block_tokens,
             kv_capacity_tokens=facts.kv_capacity_tokens or known.kv_capacity_tokens,
             max_model_tokens=facts.max_model_tokens or known.max_model_tokens,
@@ -149,7 +155,7 @@ class Watch:
             self._driver.apply(EngineFound(learnt))
 
     async def _get(self, engine: Engine, url: str, session: aiohttp.ClientSession) -> bytes:
-        api_key = self._api_key(engine.id)
+        api_key = self._api_key(engine.id) if url.startswith(f"{engine.url}/") else None
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         async with session.get(url, headers=headers, allow_redirects=False) as response:
             body = await response.content.read(MAX_REPORT_BYTES + 1)
@@ -175,9 +181,12 @@ class Watch:
         if state is None or failures != self._limits.failures_to_down:
             return
         if state.health is not Health.DOWN:
-            log.warning("engine down", engine=engine_id, reason=reason)
-            self._driver.apply(EngineHealth(engine_id, Health.DOWN, reason))
+            self._set_down(engine_id, reason)
         self._on_down(engine_id, reason)
+
+    def _set_down(self, engine_id: str, reason: str) -> None:
+        log.warning("engine down", engine=engine_id, reason=reason)
+        self._driver.apply(EngineHealth(engine_id, Health.DOWN, reason))
 
 
 def describe(error: BaseException) -> str:

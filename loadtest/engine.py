@@ -280,6 +280,7 @@ class Engine:
             sequence.cached_tokens = sequence.computed
             self.counters.prefix_query_tokens += known
             self.counters.prefix_hit_tokens += sequence.computed
+            self.counters.external_query_tokens += known - sequence.computed
         return True
 
     def _price(self, at: float, decodes: list[Sequence], chunks: list[tuple[Sequence, int]], *, steps: int) -> Run:

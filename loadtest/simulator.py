@@ -20,7 +20,9 @@ from gateway.core.events import (
     EngineHealth,
     EngineReport,
     Event,
+    FeedState,
     FirstToken,
+    KvFeed,
     PrefillDone,
     Progress,
 )
@@ -108,6 +110,7 @@ class Simulation:
         for engine in self._engines.values():
             self.tell_all(EngineFound(engine.facts), 0.0)
             self.tell_all(EngineHealth(engine.id, Health.UP), 0.0)
+            self.tell_all(KvFeed(engine.id, FeedState.LIVE, (engine.id,)), 0.0)
         self.agenda.note(0.0, self._report)
         self.agenda.note(0.0, self._sample)
         Faults(self._plan.faults, self.agenda, self._engines, self._links, self)
@@ -261,7 +264,7 @@ class Simulation:
         elif outcome.held is None:
             self._finish(flight, now)
         else:
-            self._tell(flight, PrefillDone(flight.request.id), now)
+            self._tell(flight, PrefillDone(flight.request.id, cached_tokens=outcome.held.cached_tokens), now)
             self._gateways[flight.gateway].settle(now=now)
             if flight.outcome is None:
                 assert flight.decode is not None, "it was dispatched"

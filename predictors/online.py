@@ -5,7 +5,9 @@ coefficients start at an order of magnitude (`WEAK_PRIOR`) and the first few doz
 predictor the coefficients multiply and extend its answer instead. An engine that was not seen yet takes over what its
 latest sibling (same pool and role) has learnt.
 
-A prefill's outcome includes its queue. The measured time is shared between the queue ahead and the prefill itself in
+A prefill's outcome includes its queue. Where the time since the prefill before it ended is known, that is its own time;
+prefills that an engine computed in one step end together, the first with all of the time and the others with none, so
+such a run is learnt as one sum. Elsewhere the measured time is shared between the queue ahead and the prefill itself in
 proportion to what was predicted for each: when the engine is slower than believed both are off by the same factor, so
 the factor is right whatever the queue, and a long queue only makes the outcome count less.
 """
@@ -22,7 +24,7 @@ from gateway.core.errors import ConfigError
 from gateway.core.interfaces import DecodeOutcome, Estimator, HandOffOutcome, Predictor, PrefillOutcome
 from gateway.core.types import Engine, Role
 from predictors.hand_off import HandOffTimes
-from predictors.learner import Features, Learner, Prior
+from predictors.learner import MAX_S, Features, Learner, Prior
 from predictors.profile import WEAK_PRIOR
 
 COLD_PREFILL = Prior(
@@ -40,6 +42,11 @@ CORRECTED_PREFILL = Prior(mean=(1.0, 0.0, 0.0), spread=(0.3, 0.05, 1e-5))
 """The base predictor's seconds, a constant, per uncached token."""
 CORRECTED_DECODE = Prior(mean=(1.0, 0.0, 0.0), spread=(0.3, 0.01, 1e-4))
 """The base predictor's seconds, a constant, per sequence."""
+
+
+TOGETHER_RATIO = 0.1
+"""A prefill that takes less than this of its prediction, against the run before it, was computed together with it."""
+MAX_RUN = 64
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class OnlineEstimator:
         )
         self._prefills = _Fleet(Learner(prefill_prior, window_outcomes=settings.window_outcomes), settings.max_engines)
         self._decodes = _Fleet(Learner(decode_prior, window_outcomes=settings.window_outcomes), settings.max_engines)
+        self._runs: dict[str, _Run] = {}
+        self._max_engines = settings.max_engines
         self._hand_offs = HandOffTimes(max_pairs=settings.max_pairs, window_outcomes=settings.window_outcomes)
 
     def prefill_s(self, engine: Engine, *, prompt_tokens: int, cached_tokens: int) -> float:
@@ -95,9 +104,27 @@ class OnlineEstimator:
         """Learns from a prefill that ended, its queue taken out of the time."""
         features = self._prefill_features(outcome.engine, outcome.prompt_tokens, outcome.cached_tokens)
         learner = self._prefills.own(outcome.engine)
-        share = _own_share(outcome, learner.predict(features))
-        # Weight and time alike: an outcome that was mostly queue says little about the prefill at its end.
-        learner.observe(features, outcome.elapsed_s * share, weight=share)
+        predicted_s = learner.predict(features)
+        if outcome.busy_s is None:
+            share = _own_share(outcome, predicted_s)
+            # Weight and time alike: an outcome that was mostly queue says little about the prefill at its end.
+            learner.observe(features, outcome.elapsed_s * share, weight=share)
+        elif 0.0 <= outcome.busy_s <= MAX_S:
+            self._learn_run(outcome.engine.id, learner, _Run(features, outcome.busy_s, predicted_s))
+
+    def _learn_run(self, engine_id: str, learner: Learner, latest: _Run) -> None:
+        """Joins an outcome to the run that ended with it, or learns from that run and starts the next."""
+        run = self._runs.pop(engine_id, None)
+        if run is None:
+            run = latest
+        elif latest.slowness < TOGETHER_RATIO * run.slowness and run.count < MAX_RUN:
+            run = run.joined(latest)
+        else:
+            learner.observe(run.features, run.seconds)
+            run = latest
+        self._runs[engine_id] = run
+        if len(self._runs) > self._max_engines:
+            del self._runs[next(iter(self._runs))]
 
     def observe_decode(self, outcome: DecodeOutcome) -> None:
         """Learns from a decode that ended."""
@@ -121,6 +148,27 @@ class OnlineEstimator:
         if self._base is None:
             return (1.0, float(batch), float(kv_tokens))
         return (self._base.decode_step_s(engine, batch=batch, kv_tokens=kv_tokens), 1.0, float(batch))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Prefills that ended together: their features, summed, and the seconds they took between them."""
+
+    features: Features
+    seconds: float
+    predicted_s: float
+    count: int = 1
+
+    @property
+    def slowness(self) -> float:
+        """Seconds taken per second predicted."""
+        return self.seconds / self.predicted_s
+
+    def joined(self, other: _Run) -> _Run:
+        """Both as one run."""
+        features = tuple(mine + its for mine, its in zip(self.features, other.features, strict=True))
+        seconds, predicted_s = self.seconds + other.seconds, self.predicted_s + other.predicted_s
+        return _Run(features, seconds, predicted_s, self.count + other.count)
 
 
 def _own_share(outcome: PrefillOutcome, predicted_now_s: float) -> float:

@@ -10,9 +10,9 @@ import numpy as np
 
 from gateway.core.admission import AdmissionLimits
 from gateway.core.events import EngineFound, EngineHealth
-from gateway.core.interfaces import EngineLoad, PairTable
+from gateway.core.interfaces import Chooser, EngineLoad, PairTable
 from gateway.core.scheduler import Scheduler
-from gateway.core.types import Dispatch, Engine, Estimate, Health, Request, Role
+from gateway.core.types import BlockHashes, Dispatch, Engine, Estimate, Health, Request, Role
 from gateway.policies.least_work import LeastWork
 from predictors.online import Online
 
@@ -116,6 +116,24 @@ def a_pair_table(
     )
 
 
+def rows_of(pairs: PairTable, rows: Sequence[int], **columns: Any) -> PairTable:
+    """The table with these rows in this order, and with these columns instead of its own."""
+    names = [name for name in PairTable.__slots__ if name not in ("prefills", "decodes")]
+    taken = {name: getattr(pairs, name)[list(rows)] for name in names}
+    replaced = {name: np.asarray(column) for name, column in columns.items()}
+    return PairTable(prefills=pairs.prefills, decodes=pairs.decodes, **{**taken, **replaced})
+
+
 def pair_at(pairs: PairTable, row: int) -> tuple[str, str]:
     """The ids of that row's engines."""
     return pairs.prefills[pairs.prefill_row[row]].engine.id, pairs.decodes[pairs.decode_row[row]].engine.id
+
+
+def chosen(chooser: Chooser, request: Request, pairs: PairTable, *, now: float = 0.0) -> tuple[str, str]:
+    """The ids of the pair that the policy would choose."""
+    return pair_at(pairs, int(np.argmin(chooser.costs(request, pairs, now=now))))
+
+
+def hashes(*names: int) -> BlockHashes:
+    """Block hashes with these values."""
+    return np.array(names, dtype=np.uint64)

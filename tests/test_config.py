@@ -163,7 +163,6 @@ HORRORS = [
     (engine('id = "mine"', "dns://pods:8000"), "engines[0].id: a dns:// URL stands for many engines"),
     (engine('metrics_url = "http://a/metrics"', "dns://pods:1"), "engines[0]: a dns:// URL stands for many engines"),
     ('[log]\nlevel = "loud"', 'log.level: expected one of debug, info, warning, error, got "loud"'),
-    ("[trust]\nforwarded_headers = 1", "trust.forwarded_headers: expected true or false, got 1"),
     ("[policy]\nsettings = 3", "policy.settings: expected a table, got 3"),
     ("[policy.settings]\nx = nan", "policy.settings.x: expected a string, boolean, finite 64-bit number, list or"),
     ("[policy.settings]\nx = [0x8000000000000000]", "policy.settings.x[0]: expected a string, boolean, finite 64-bit"),

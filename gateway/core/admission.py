@@ -32,6 +32,8 @@ class AdmissionLimits:
     max_waiting: int = 1024
     max_wait_s: float = 30.0
     max_attempts: int = 3
+    observed_age_s: float = 600.0
+    """How long a guessed block is believed in without being used."""
 
     def room(self, engine: Engine) -> int:
         """Requests that the engine takes at once."""

@@ -31,6 +31,8 @@ class Reservation:
     """Predicted prefill work."""
     uncached_tokens: int
     prefill_done_at: float | None = None
+    prefill_busy_s: float | None = None
+    """How long the prefill engine was at this prefill: from its dispatch or the end of the one before, to its end."""
     first_token_at: float | None = None
     output_tokens: int = 0
     batch: int = 0
@@ -62,6 +64,8 @@ class EngineState:
     """The most requests of ours at once since the last report."""
     head_since: float = 0.0
     """When the first of `prefilling` became the first."""
+    prefill_ended_at: float = float("-inf")
+    """When a prefill last ended here."""
 
     @property
     def own_count(self) -> int:
@@ -170,6 +174,8 @@ class Cluster:
         if reservation is None or reservation.prefill_done_at is not None:
             return None
         reservation.prefill_done_at = now
+        if prefill := self.engines.get(reservation.estimate.prefill):
+            reservation.prefill_busy_s = now - max(reservation.sent_at, prefill.prefill_ended_at)
         self._release_prefill(reservation, now)
         return reservation
 
@@ -208,6 +214,7 @@ class Cluster:
         prefill = self.engines.get(reservation.estimate.prefill)
         if prefill is None or request_id not in prefill.prefilling:
             return
+        prefill.prefill_ended_at = now
         if next(iter(prefill.prefilling)) == request_id:
             prefill.head_since = now
         del prefill.prefilling[request_id]

@@ -116,6 +116,8 @@ class PrefillOutcome:
     """From dispatch to the end of the prefill."""
     predicted_s: float
     """What had been predicted for `elapsed_s`."""
+    busy_s: float | None = None
+    """From its dispatch, or from the end of the prefill before it there if that was later, to its end."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gateway.core.admission import AdmissionLimits, AdmitAll, refuse_unservable
 from gateway.core.cluster import Cluster, Reservation
@@ -27,11 +26,11 @@ from gateway.core.events import (
     Event,
     Finished,
     FirstToken,
+    KvFeed,
     Left,
     PrefillDone,
     Progress,
 )
-from gateway.core.index import PrefixIndex
 from gateway.core.interfaces import (
     Admission,
     Arrival,
@@ -46,6 +45,7 @@ from gateway.core.interfaces import (
     Refusal,
 )
 from gateway.core.pace import Pace
+from gateway.core.prefixes import Prefixes
 from gateway.core.types import (
     Decision,
     Dispatch,
@@ -80,7 +80,7 @@ class Scheduler:
         Without an admission rule nobody is refused whom an engine could serve at all.
         """
         self.cluster = Cluster()
-        self.index = PrefixIndex(max_blocks=max_blocks)
+        self.prefixes = Prefixes(max_blocks=max_blocks, max_age_s=limits.observed_age_s)
         self.limits = limits
         self._chooser = policy.start(rng)
         self._estimator = predictor.start()
@@ -188,6 +188,7 @@ class Scheduler:
             runners_up=tuple(estimate_at(pairs, int(row)) for row in best[1:]),
         )
         self.cluster.reserve(request, dispatch, now)
+        self.prefixes.dispatched(request, dispatch.estimate.prefill, dispatch.estimate.held_tokens, now=now)
         self._chooser.dispatched(request, dispatch, now=now)
         return dispatch
 
@@ -201,26 +202,14 @@ class Scheduler:
             and state.in_flight_count < self.limits.room(state.engine)
         ]
         fresh = [load for load in loads if load.engine.id not in request.avoid]
-        pairs = self._estimate(request, fresh)
+        pairs = self._estimate(request, fresh, now)
         if len(pairs) == 0 and len(fresh) < len(loads):
-            pairs = self._estimate(request, loads)
+            pairs = self._estimate(request, loads, now)
         return pairs
 
-    def _estimate(self, request: Request, loads: list[EngineLoad]) -> PairTable:
-        return estimate_pairs(request, loads, self._estimator, self._cached_tokens(request, loads))
-
-    def _cached_tokens(self, request: Request, loads: list[EngineLoad]) -> NDArray[np.int64]:
-        """Prompt tokens that each engine holds, shape (loads,). The last token is always computed: it gives the logits.
-
-        Source: vLLM, v1/core/kv_cache_manager.py: a full hit recomputes the last token.
-        """
-        if not request.block_hashes:
-            return np.zeros(len(loads), dtype=np.int64)
-        match = self.index.match(request.block_hashes)
-        row = {engine_id: number for number, engine_id in enumerate(match.engine_ids)}
-        tokens = match.cached_tokens[[row[load.engine.id] for load in loads]]
-        cached: NDArray[np.int64] = np.minimum(tokens, request.prompt_tokens - 1)
-        return cached
+    def _estimate(self, request: Request, loads: list[EngineLoad], now: float) -> PairTable:
+        cached_tokens = self.prefixes.cached_tokens(request, [load.engine for load in loads])
+        return estimate_pairs(request, loads, self._estimator, cached_tokens)
 
     def _refuse(self, request: Request, reason: RejectReason, message: str) -> Reject:
         return Reject(request.id, reason, message, retry_after_s=self._retry_after_s())
@@ -243,19 +232,22 @@ class Scheduler:
         match event:
             case EngineFound(engine):
                 self.cluster.found(engine)
-                self.index.apply(event)
+                self.prefixes.found(engine)
                 self._room_at = now
             case EngineLost(engine_id):
                 self.cluster.lost(engine_id)
-                self.index.apply(event)
+                self.prefixes.lost(engine_id)
                 self._room_at = now
             case EngineHealth(engine_id, health, reason):
                 self.cluster.set_health(engine_id, health, reason)
+                if health is Health.DOWN:
+                    self.prefixes.restarted(engine_id)
                 self._room_at = now
             case EngineReport(engine_id, report):
                 self.cluster.reported(engine_id, report, now)
                 self._room_at = now
-            case PrefillDone(request_id):
+            case PrefillDone(request_id, _, cached_tokens):
+                self.prefixes.prefilled(request_id, cached_tokens, now=now)
                 self._prefill_done(request_id, now)
                 self._ask_before_decode(request_id, now)
             case FirstToken(request_id):
@@ -266,10 +258,13 @@ class Scheduler:
                 self._finished(event, now)
             case AttemptFailed(request_id) | Left(request_id):
                 self._waiting.remove(request_id)
+                self.prefixes.failed(request_id)
                 self.cluster.release(request_id, now)
                 self._room_at = now
             case BlocksStored() | BlocksRemoved() | BlocksCleared():
-                self.index.apply(event)
+                self.prefixes.announced(event)
+            case KvFeed(engine_id, state, rows):
+                self.prefixes.feed_changed(engine_id, state, rows)
 
     def _prefill_done(self, request_id: str, now: float) -> None:
         reservation = self.cluster.prefill_done(request_id, now)
@@ -296,6 +291,7 @@ class Scheduler:
             self._learn_hand_off(reservation, now)
 
     def _finished(self, event: Finished, now: float) -> None:
+        self.prefixes.prefilled(event.request_id, event.cached_tokens, now=now)
         reservation = self.cluster.release(event.request_id, now)
         if reservation is None:
             return
@@ -315,6 +311,7 @@ class Scheduler:
                     cached_tokens=estimate.cached_tokens,
                     queued_ahead_s=estimate.wait_s,
                     elapsed_s=now - reservation.sent_at,
+                    busy_s=reservation.prefill_busy_s,
                     predicted_s=estimate.wait_s + estimate.prefill_s,
                 )
             )

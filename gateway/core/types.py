@@ -53,6 +53,9 @@ class Engine:
     max_in_flight: int | None = None
     """Requests at once; None: the admission limit of all engines."""
     models: tuple[str, ...] = ()
+    """Every name it serves, LoRA adapters included."""
+    lora_names: tuple[str, ...] = ()
+    """Of these, the LoRA adapters: their KV blocks are not those of the base model."""
     block_tokens: int | None = None
     kv_capacity_tokens: int | None = None
     max_model_tokens: int | None = None
@@ -133,6 +136,11 @@ class Estimate:
     def ttft_s(self) -> float:
         """Predicted time to the first token: the sum of the five stages."""
         return self.wait_s + self.fetch_s + self.prefill_s + self.hand_off_s + self.join_s
+
+    @property
+    def held_tokens(self) -> int:
+        """Prompt tokens that the prefill engine holds before any fetch."""
+        return self.cached_tokens - self.fetched_tokens
 
     @property
     def is_hand_off(self) -> bool:

@@ -22,6 +22,8 @@ from gateway.policies.stage import MAX_ENGINES, Costs
 SAME_INSTANT_S = 1e-6
 """Report instants are rebuilt from ages: the same one comes out a few units in the last place apart."""
 MAX_KV_USAGE_RATIO = 0.999
+MIN_TOKENS_PER_S = 1.0
+"""An engine that reports less was idle: that is not its speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,8 @@ class WaitScore:
         return tokens / self._tokens_per_s(report) + settings.kv_pressure_s * usage / (1 - usage)
 
     def _tokens_per_s(self, report: Report) -> float:
-        return report.gen_tokens_per_s or self._settings.default_tokens_per_s
+        speed = report.gen_tokens_per_s
+        return self._settings.default_tokens_per_s if speed is None or speed < MIN_TOKENS_PER_S else speed
 
     def _since_report(self, load: EngineLoad, now: float) -> SinceReport:
         """What was sent since the engine's last report; a newer report than the one known starts from zero."""

@@ -28,7 +28,14 @@ ALL["online over analytic"] = Online(base=REFERENCE)
 tokens = st.integers(0, 2_000_000)
 times = st.one_of(st.floats(1e-4, 100.0), st.floats(allow_nan=True, allow_infinity=True))
 prefill_outcomes = st.builds(
-    PrefillOutcome, st.sampled_from(PREFILLS), st.integers(1, 2_000_000), tokens, times, times, times
+    PrefillOutcome,
+    st.sampled_from(PREFILLS),
+    st.integers(1, 2_000_000),
+    tokens,
+    times,
+    times,
+    times,
+    st.one_of(st.none(), st.just(0.0), times),
 )
 decode_outcomes = st.builds(
     DecodeOutcome, st.sampled_from(DECODES), st.integers(1, 2048), tokens, st.integers(0, 10_000), times, times

@@ -78,6 +78,15 @@ def test_the_next_prefill_starts_to_count_down_when_the_head_is_done(cluster: Cl
     assert cluster.engines["p1"].prefill_work_s(5.0) == pytest.approx(2.0)
 
 
+def test_a_prefill_was_busy_from_the_end_of_the_one_before_it(cluster: Cluster) -> None:
+    reserve(cluster, "r1", now=0.0)
+    reserve(cluster, "r2", now=1.0)
+    first, second = cluster.prefill_done("r1", 4.0), cluster.prefill_done("r2", 9.0)
+    assert first is not None
+    assert second is not None
+    assert (first.prefill_busy_s, second.prefill_busy_s) == (4.0, 5.0)
+
+
 def test_a_report_shows_the_load_of_others_beyond_ours(cluster: Cluster) -> None:
     reserve(cluster, "r1")
     cluster.reported("d1", Report(running_count=3, waiting_count=2), 1.0)

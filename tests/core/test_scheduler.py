@@ -10,8 +10,10 @@ from gateway.core.events import (
     EngineFound,
     EngineHealth,
     EngineLost,
+    FeedState,
     Finished,
     FirstToken,
+    KvFeed,
     Left,
     PrefillDone,
 )
@@ -226,26 +228,23 @@ def hashes(count: int) -> BlockHashes:
     return hash_prompt(np.arange(16 * count), 16)
 
 
+def announce(scheduler: Scheduler, engine_id: str, blocks: BlockHashes) -> None:
+    scheduler.apply(KvFeed(engine_id, FeedState.LIVE, (engine_id,)), now=0.0)
+    scheduler.apply(BlocksStored(engine_id, 16, blocks), now=0.0)
+
+
 def test_a_request_goes_where_its_prefix_is() -> None:
     scheduler = a_scheduler(*a_mesh(2, 1, block_tokens=16))
-    scheduler.apply(BlocksStored("p2", 16, hashes(200)), now=0.0)
+    announce(scheduler, "p2", hashes(200))
     decision = scheduler.decide(a_request(prompt_tokens=4000, block_hashes={16: hashes(250)}), now=0.0)
     assert pair_of(decision) == ("p2", "d1")
     assert isinstance(decision, Dispatch)
     assert decision.estimate.cached_tokens == 3200
 
 
-def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
-    scheduler = a_scheduler(an_engine("e1", block_tokens=16))
-    scheduler.apply(BlocksStored("e1", 16, hashes(2)), now=0.0)
-    decision = scheduler.decide(a_request(prompt_tokens=32, block_hashes={16: hashes(2)}), now=0.0)
-    assert isinstance(decision, Dispatch)
-    assert decision.estimate.cached_tokens == 31
-
-
 def test_an_engine_that_left_and_came_back_has_nothing_cached() -> None:
     scheduler = a_scheduler(an_engine("e1", block_tokens=16))
-    scheduler.apply(BlocksStored("e1", 16, hashes(2)), now=0.0)
+    announce(scheduler, "e1", hashes(2))
     scheduler.apply(EngineLost("e1"), now=1.0)
     scheduler.apply(EngineFound(an_engine("e1", block_tokens=16)), now=2.0)
     scheduler.apply(EngineHealth("e1", Health.UP), now=2.0)

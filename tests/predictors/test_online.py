@@ -122,6 +122,29 @@ def test_the_corrector_learns_that_its_profile_is_of_other_hardware() -> None:
     assert corrected.prefills(100) < 0.1
 
 
+@pytest.mark.parametrize("scale", [0.04, 1.0, 25.0])
+@pytest.mark.parametrize("base", [None, A800], ids=["cold", "corrector"])
+def test_behind_long_queues_the_time_between_ends_is_enough(base: Profile | None, scale: float) -> None:
+    rng, estimator = random.Random(1), Online(base=None if base is None else Analytic(base)).start()
+    for _ in range(300):
+        length = rng.randint(500, 50_000)
+        busy_s = scale * H100.whole_prefill_s(length, 0) * rng.lognormvariate(0, 0.1)
+        estimator.observe_prefill(PrefillOutcome(PREFILL, length, 0, 100.0, 500.0, 101.0, busy_s))
+    for length in (1000, 10_000, 50_000):
+        expected_s = scale * H100.whole_prefill_s(length, 0)
+        assert estimator.prefill_s(PREFILL, prompt_tokens=length, cached_tokens=0) == pytest.approx(
+            expected_s, rel=0.25
+        )
+
+
+def test_prefills_computed_in_one_step_are_learnt_as_one_sum() -> None:
+    estimator = Online().start()
+    for _ in range(100):
+        for busy_s in (0.4, 0.0, 1e-5, 0.0):
+            estimator.observe_prefill(PrefillOutcome(PREFILL, 1000, 0, 0.0, 0.4, 0.1, busy_s))
+    assert estimator.prefill_s(PREFILL, prompt_tokens=1000, cached_tokens=0) == pytest.approx(0.1, rel=0.05)
+
+
 def test_an_engine_nobody_has_used_yet_is_predicted_like_its_sibling() -> None:
     known = world(A800, 1)
     known.prefills(200)

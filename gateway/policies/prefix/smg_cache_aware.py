@@ -22,9 +22,10 @@ class SmgCacheAware:
     """The matched engine unless it is vetoed or spills; a miss or a spill goes to the shortest expected wait.
 
     The decode engine is the one with the shortest expected wait: its prefix arrives with the hand-off. Vetoes that hit
-    every engine are void. Two readings of the help text: "2 sigma of the mean" is 2 sqrt(mean), the noise of a count;
-    the "thin" engine that gets one hit in eight is the one with the fewest blocks of its own. Left out: the slower
-    start of engines in their first minute (a policy does not see an engine's age) and what is 0 by default.
+    every engine are void, and a spill with nowhere to go stays. Two readings of the help text: "2 sigma of the mean" is
+    2 sqrt(mean), the noise of a count; the "thin" engine that gets one hit in eight is the one with the fewest blocks
+    of its own. Left out: the slower start of engines in their first minute (a policy does not see an engine's age) and
+    what is 0 by default.
     Source: baseline-policies section 5.3, read from SMG 1.13.0's help text and parts of its source.
     """
 
@@ -84,9 +85,11 @@ class SmgCacheAwareChooser:
             wait = self._open_wait(stage, now)
             takes_hits = np.isfinite(wait) & ~self._settings.spills(stage.own_counts)
             matched = self._matched(request, stage, now)
-            hits = np.flatnonzero(takes_hits & (matched > 0) & (matched == matched.max()))
+            is_match = (matched > 0) & (matched == matched.max())
+            hits = np.flatnonzero(takes_hits & is_match)
             if len(hits) == 0:
-                return wait
+                skipped = np.where(is_match, np.inf, wait)
+                return skipped if np.isfinite(skipped).any() else wait
             self._hit_id = request.id
             winner = hits[int(np.argmin(wait[hits]))]
             if (self._hit_count + 1) % self._settings.hits_per_diversion == 0:
