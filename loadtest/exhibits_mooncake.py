@@ -154,8 +154,8 @@ def _show_15(results: Sequence[Result]) -> Shown:
         lines.append(f"{profile}: goodput/s {cells}; best {best} + {NODES - best}")
         series.append(Series(profile, points))
     lines += [
-        "The paper finds the best split near 1:1 on its synthetic trace, which is not at hand: this is the conversation",
-        f"trace at {SPLIT_SPEED:g}x, TTFT 10 s, TBT 100 ms.",
+        "The paper finds the best split near 1:1 on its synthetic trace, which is not at hand: this is the",
+        f"conversation trace at {SPLIT_SPEED:g}x, TTFT 10 s, TBT 100 ms.",
         *(_busy_line(result) for result in results),
     ]
     return Shown(

@@ -23,7 +23,9 @@ RULES: dict[str, tuple[str, tuple[tuple[str, object], ...]]] = {
     "predicted, residual": ("predicted", (("is_residual", True),)),
 }
 """Name in the tables -> admission rule and its settings."""
-MARGINS = (1.0, 1.05, 1.12)
+MEAN_OUTPUT_TOKENS = 343
+"""Of the conversation trace. The paper gives no t_d; here a decode of mean length at the pace of the TBT bound."""
+MARGINS = (1.0, 1.02, 1.05)
 """On the predicted TBT. The reference's own three are not recorded; these span its best."""
 
 Setting = tuple[int, int, float, float, float]
@@ -40,6 +42,8 @@ def with_rule(spec: Spec, rule: str, margin: float = 1.0) -> Spec:
     admission, settings = RULES[rule]
     if admission != "ttft":
         settings = (*settings, ("tbt_margin", margin))
+    if admission == "predicted":
+        settings = (*settings, ("decode_s", MEAN_OUTPUT_TOKENS * (spec.slo_tbt or 0.0)))
     return replace(spec, admission=admission, admission_settings=settings)
 
 
