@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("a whole pool on this machine, with load: engines, gateway, client", "loadtest.demo:main"),
     "sim": ("run the scheduler over a trace in virtual time and report", "loadtest.sim_cli:main"),
     "compare": ("simulate policies x speeds x seeds in parallel and report", "loadtest.compare_cli:main"),
+    "papers": ("set published tables and figures beside what comes out here", "loadtest.papers:main"),
     "replay": ("send a trace or a generated workload to a gateway and report", "loadtest.replay:main"),
     "bench": ("measure a part of Sluice on this machine", "loadtest.bench:main"),
     "check-config": ("print every setting as a configuration file resolves it", "gateway.cli:check_config"),

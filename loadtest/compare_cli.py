@@ -15,6 +15,7 @@ from pathlib import Path
 from gateway.admissions import ADMISSIONS, DEFAULT_ADMISSION
 from gateway.core.errors import ConfigError
 from gateway.policies import POLICIES
+from loadtest.exhibit import columns
 from loadtest.sim_cli import described_figures
 from loadtest.sim_html import HEAD, Result, comparison_page, name_of, result_of, row_of
 from loadtest.sim_options import DEFAULT_POLICY, Spec, add_options, run_spec, spec_of
@@ -90,12 +91,4 @@ def json_lines(results: Iterable[Result]) -> Iterator[str]:
 
 def text_table(results: Iterable[Result]) -> str:
     """A row for each run."""
-    rows = [HEAD, *(row_of(result) for result in results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if not column else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return columns(HEAD, [row_of(result) for result in results])
