@@ -16,7 +16,7 @@ from secrets import token_hex
 
 import msgspec
 import structlog
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 
 from adapters.answers import error_body, models_body, refusal
 from adapters.base import Retry
@@ -179,8 +179,6 @@ class Handlers:
             response.content_type = "text/event-stream"
             response.headers["cache-control"] = "no-cache"
             response.headers["x-accel-buffering"] = "no"
-            if request.version >= HttpVersion11:
-                response.enable_chunked_encoding()
             streamed.append(response)
             relay = StreamRelay(
                 request,
@@ -197,7 +195,7 @@ class Handlers:
         match ending:
             case Refused(decided, reject, failure):
                 exchanged.outcome = reject.reason
-                return self._refused(reject, failure, exchanged)
+                return self.refused(reject, failure, exchanged)
             case Whole(decided, dispatch, answer):
                 exchanged.outcome, exchanged.dispatch = "served", dispatch
                 headers = explain(exchanged, decided, dispatch) | {"content-type": answer.content_type}
@@ -216,7 +214,7 @@ class Handlers:
         if told is not None:
             self._gather.learn(gathered, told)
 
-    def _refused(self, reject: Reject, failure: Retry | None, exchanged: Exchanged) -> web.Response:
+    def refused(self, reject: Reject, failure: Retry | None, exchanged: Exchanged) -> web.Response:
         """A refusal of the core as an answer. After a failed attempt the failure is what the client should hear of."""
         status = REFUSAL_STATUS[reject.reason]
         headers = exchanged.headers() | {"x-sluice-reason": reject.reason}

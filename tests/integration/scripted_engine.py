@@ -107,6 +107,9 @@ async def serving(script: Script | None = None, *, model: str = MODEL) -> AsyncI
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         is_counted = False
+        task = asyncio.current_task()
+        assert task is not None
+        conversations.add(task)
         try:
             while not writer.is_closing():
                 received = await _receive(reader)
@@ -121,12 +124,14 @@ async def serving(script: Script | None = None, *, model: str = MODEL) -> AsyncI
                 is_counted = True
                 engine.received.append(received)
                 await engine.script(received, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
+            conversations.discard(task)
             engine.closed += is_counted
             writer.close()
 
+    conversations: set[asyncio.Task[None]] = set()
     server = await asyncio.start_server(converse, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     engine = ScriptedEngine(f"http://127.0.0.1:{port}", script or says(whole(text_answer())), probes)
@@ -135,6 +140,10 @@ async def serving(script: Script | None = None, *, model: str = MODEL) -> AsyncI
         yield engine
     finally:
         server.close()
+        for task in conversations:
+            task.cancel()
+        if conversations:
+            await asyncio.wait(conversations)
 
 
 async def _receive(reader: asyncio.StreamReader) -> Received:
