@@ -1,7 +1,7 @@
 """How well a real prefill and decode pair is predicted: `sluice bench reality --prefill URL --decode URL`.
 
 A seeded workload with bursts and shared prefixes is replayed through a gateway of its own whose predictor corrects a
-measured profile, twice, with other token ids the second time so that no cache remembers the first. What was predicted
+measured profile, twice, with new token ids each time so that no cache remembers any of it. What was predicted
 at each dispatch and what came of it are read from the gateway's journal: the very numbers that its decisions rest on.
 The second replay beside the first is the noise floor: how far the same request is from itself on this machine.
 """
@@ -99,9 +99,8 @@ def workload(count: int, rate_per_s: float, seed: int) -> list[Item]:
     return items[:count]
 
 
-def requests(items: Iterable[Item], model: str, seed: int) -> list[ClientRequest]:
-    """The items as streamed completions of random token ids; another seed gives other ids, equal prefixes or not."""
-    rng = random.Random(seed)
+def requests(items: Iterable[Item], model: str, rng: random.Random) -> list[ClientRequest]:
+    """The items as streamed completions of token ids drawn from `rng`."""
     prefixes = [rng.choices(TOKEN_IDS, k=PREFIX_TOKENS) for _ in range(PREFIXES)]
     made = []
     for item in items:
@@ -232,7 +231,8 @@ async def replay_once(run: Run, replay_number: int, directory: Path) -> list[Tol
     journal = directory / f"journal-{replay_number}.jsonl"
     items = workload(run.request_count, run.rate_per_s, run.seed)
     async with _gateway(run, journal, directory) as base_url, LoadClient(base_url, keep_text=False) as client:
-        results = await client.run(requests(items, run.model, seed=1000 * run.seed + replay_number))
+        # Ids that nobody drew before: an engine would remember those of an earlier run, and the gateway would not.
+        results = await client.run(requests(items, run.model, random.Random()))
     failed = [result for result in results if result.error is not None]
     if failed:
         raise GatewayError(f"{len(failed)} requests failed, the first: {failed[0].error} {failed[0].detail}")
@@ -250,7 +250,12 @@ async def _gateway(run: Run, journal: Path, directory: Path) -> AsyncIterator[st
         port = probe.getsockname()[1]
     words = ["serve", "--config", str(config), "--port", str(port), "--journal", str(journal)]
     with (directory / "gateway.log").open("ab") as log:
-        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "gateway", *words, stdout=log, stderr=log)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, str(Path(__file__).with_name("leash.py")), sys.executable, "-m", "gateway", *words),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+        )
     try:
         base_url = f"http://127.0.0.1:{port}"
         await asyncio.wait_for(_ready(base_url), READY_S)
