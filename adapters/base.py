@@ -7,10 +7,14 @@ a clock and never sees a socket. Everything before `Commit` can be retried, for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.kv_events import KvEventSource
 from gateway.core.types import Engine, Report
 
 
@@ -90,13 +94,15 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
-    """Something the core wants to hear: the prefill leg is done."""
+class Prefilled:
+    """The prefill leg is done; the core wants to hear. Counts are the engine's own, None where it did not say."""
 
-    prefill_done: bool = True
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    """Prompt tokens that the prefill engine found in its cache."""
 
 
-Command: TypeAlias = Call | Hangup | Commit | Retry | Answer | Note
+Command: TypeAlias = Call | Hangup | Commit | Retry | Answer | Prefilled
 
 # ---- events: what happened ------------------------------------------------------------------------------------------
 
@@ -164,6 +170,8 @@ class Payload:
     prompt_tokens: int | None = None
     """Exact count when the client sent token ids, else None."""
     max_output_tokens: int | None = None
+    token_ids: NDArray[np.int32] | None = field(default=None, compare=False)
+    """The prompt's ids, shape (prompt tokens,), once they are known for certain: engines are spared the work."""
     can_hand_off: bool = False
     """Whether one prefill's KV can serve the whole request: one prompt, one choice, no logprobs of the prompt."""
 
@@ -174,6 +182,7 @@ class Facts:
 
     report: Report | None = None
     models: tuple[str, ...] | None = None
+    lora_names: tuple[str, ...] = ()
     block_tokens: int | None = None
     kv_capacity_tokens: int | None = None
     max_model_tokens: int | None = None
@@ -197,12 +206,29 @@ class Adapter(Protocol):
         """GET it: the body is for `parse_models`."""
         ...
 
+    @property
+    def kv_sources_path(self) -> str:
+        """GET it: the body is for `parse_kv_sources`."""
+        ...
+
+    @property
+    def tokenize_path(self) -> str:
+        """POST a body of adapters/token_ids.py there: the answer holds token ids."""
+        ...
+
     def open(self, payload: Payload, prefill: Engine, decode: Engine) -> Exchange:
         """The exchange for one attempt on this pair; one engine twice means a single leg."""
         ...
 
     def parse_report(self, body: bytes) -> Facts:
         """Load and cache facts from the report body. Raises MalformedEngineData."""
+        ...
+
+    def parse_kv_sources(self, body: bytes, *, engine_id: str, host: str) -> tuple[KvEventSource, ...]:
+        """Where the engine publishes its KV events, by rank, from `kv_sources_path`; `host` replaces wildcards.
+
+        Raises MalformedEngineData.
+        """
         ...
 
     def parse_models(self, body: bytes) -> Facts:

@@ -29,16 +29,24 @@ from gateway.discovery import Directory
 from gateway.dispatch import Dispatcher
 from gateway.driver import Driver
 from gateway.engine_call import CallLimits
+from gateway.engine_tokenizers import EngineTokenizers
 from gateway.engines import Engines
+from gateway.gather import Gather
 from gateway.handlers import HandlerLimits, Handlers
 from gateway.journal import FileJournal, Journal
+from gateway.kv_events import KvEventLimits
+from gateway.kv_feeds import KvFeeds
+from gateway.model_tokenizer import ModelTokenizer, TokenizerLimits
 from gateway.plugins import plug_in
 from gateway.policies import POLICIES
-from gateway.prompt_length import PromptLength
 from gateway.server import Server
 from gateway.tasks import beside
+from gateway.tokens import ANY_MODEL, PromptTokens, TokenLimits
 from gateway.watch import Watch, WatchLimits
 from predictors import PREDICTORS, predictor
+
+ENGINE_TOKENIZES_S = 1.0
+"""How long an engine's `/tokenize` is awaited: longer than any prompt takes there, unless the engine is in trouble."""
 
 log = structlog.get_logger("sluice")
 
@@ -65,6 +73,7 @@ def scheduler_of(config: Config, *, seed: int) -> Scheduler:
             max_waiting=config.admission.max_waiting,
             max_wait_s=config.admission.max_wait_s,
             max_attempts=config.admission.max_attempts,
+            observed_age_s=config.index.observed_age_s,
         ),
         rng=random.Random(seed),
         max_blocks=config.index.max_blocks,
@@ -82,6 +91,16 @@ def adapters_of(config: Config) -> dict[str, Adapter]:
     settings = {"vllm": {"lease_s": config.admission.lease_s}}
     names = [*ADAPTERS, *sorted({engine.adapter for engine in config.engines} - ADAPTERS.keys())]
     return {name: plug_in("adapter", ADAPTERS, name, settings.get(name, {})) for name in names}
+
+
+def tokens_of(config: Config) -> PromptTokens:
+    """What tells token ids: the configured tokenizer for every model, or none. Raises ConfigError."""
+    own: dict[str, ModelTokenizer] = {}
+    if config.tokens.tokenizer is not None:
+        limits = TokenizerLimits(cache_bytes=config.tokens.cache_bytes)
+        own[ANY_MODEL] = ModelTokenizer.load(Path(config.tokens.tokenizer), limits)
+    limits_of_all = TokenLimits(engine_s=ENGINE_TOKENIZES_S)
+    return PromptTokens(own, limits_of_all, first_ratio=config.tokens.characters_per_token)
 
 
 def journal_of(config: Config) -> Journal:
@@ -124,10 +143,19 @@ async def running(config: Config) -> AsyncIterator[Gateway]:
         on_down=dispatcher.engine_down,
         on_lost=engines.forget,
     )
+    tokenizers = EngineTokenizers(driver, adapters, directory.api_key, timeout_s=ENGINE_TOKENIZES_S)
+    gather = Gather(driver, tokens_of(config), tokenizers if config.tokens.ask_engine else None)
+    feeds = KvFeeds(
+        driver,
+        adapters,
+        api_key=directory.api_key,
+        configured=directory.kv_sources,
+        limits=KvEventLimits(max_blocks=config.index.max_blocks),
+    )
     handlers = Handlers(
         driver,
         dispatcher,
-        PromptLength(config.tokens.characters_per_token),
+        gather,
         HandlerLimits(
             max_body_bytes=config.server.max_body_bytes,
             body_timeout_s=config.server.body_timeout_s,
@@ -145,13 +173,15 @@ async def running(config: Config) -> AsyncIterator[Gateway]:
     runner = web.ServerRunner(server, shutdown_timeout=config.server.shutdown_grace_s)
     try:
         url = await listen(runner, config)
-        async with beside(watch.run(directory.follow())):
+        async with beside(watch.run(directory.follow())), beside(feeds.run()):
             try:
                 yield Gateway(url, driver, directory, dispatcher, engines, server)
             finally:
                 await runner.cleanup()
     finally:
         await runner.cleanup()
+        await gather.close()
+        await tokenizers.close()
         engines.close()
         driver.close()
         journal.close()

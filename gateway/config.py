@@ -103,7 +103,15 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         ]
         | None
     ) = None
-    """ZMQ endpoint on which the engine publishes KV events (`tcp://host:port`); not set: it does not."""
+    """ZMQ endpoint on which the engine publishes KV events (`tcp://host:port`); not set: the engine is asked."""
+    kv_events_replay_endpoint: (
+        Annotated[
+            str,
+            Meta(pattern=r"\A(tcp://\S+:\d{1,5}|ipc://\S+)\Z", description="a ZMQ endpoint such as tcp://host:5558"),
+        ]
+        | None
+    ) = None
+    """ZMQ endpoint that replays KV events (`tcp://host:port`), beside `kv_events_endpoint`; not set: none."""
     metrics_url: (
         Annotated[str, Meta(pattern=r"\Ahttps?://[^\s/?#@]+(/\S*)?\Z", description="an http or https URL")] | None
     ) = None
@@ -155,7 +163,7 @@ class WatchSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Seconds after which an unanswered probe counts as a failure."""
     report_stale_s: Seconds = 3.0
     """Age in seconds at which a report no longer says how busy an engine is; above `report_interval_s`."""
-    failures_to_down: Annotated[int, Meta(ge=1, le=1_000)] = 2
+    failures_to_down: Annotated[int, Meta(ge=1, le=1_000)] = 3
     """Consecutive failed probes (a count) that make an engine down."""
 
 
@@ -215,6 +223,8 @@ class IndexSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     max_blocks: Annotated[int, Meta(ge=1, le=1_000_000_000)] = 2_000_000
     """Blocks remembered at once, over all engines."""
+    observed_age_s: Seconds = 600.0
+    """Seconds for which a block of an engine that publishes no events is believed to be cached without being used."""
 
 
 class TokenSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -222,8 +232,10 @@ class TokenSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     tokenizer: Name | None = None
     """Path of a `tokenizer.json` or of its folder; not set: none of our own."""
-    cached_prompts: Annotated[int, Meta(ge=0, le=1_000_000)] = 4_096
-    """Tokenised prompts remembered, as a count; 0 remembers none."""
+    ask_engine: bool = True
+    """true or false: without a tokenizer of its own the gateway asks an engine's `/tokenize` for token ids."""
+    cache_bytes: Bytes = 64 * 2**20
+    """Memory in bytes for tokenised parts of prompts, so that a growing conversation is not tokenised anew."""
     characters_per_token: Annotated[float, Meta(gt=0, le=100)] = 4.0
     """First guess for estimating lengths, in characters per token."""
 

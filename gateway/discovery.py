@@ -16,6 +16,7 @@ from typing import TypeAlias
 import structlog
 from msgspec.structs import replace
 
+from adapters.kv_events import KvEventSource
 from gateway.config import Config, EngineSettings, load_engines
 from gateway.core.errors import ConfigError
 from gateway.core.events import EngineFound, EngineLost
@@ -94,6 +95,19 @@ class Directory:
         settings = self._settings.get(engine_id)
         return settings.metrics_url if settings else None
 
+    def kv_sources(self, engine_id: str) -> tuple[KvEventSource, ...]:
+        """Where an engine's configured KV events come from, one per rank; empty where the engine itself is asked."""
+        settings = self._settings.get(engine_id)
+        if settings is None or settings.kv_events_endpoint is None:
+            return ()
+        replay = settings.kv_events_replay_endpoint
+        return tuple(
+            KvEventSource(
+                engine_id, rank, _shifted(settings.kv_events_endpoint, rank), replay and _shifted(replay, rank)
+            )
+            for rank in range(settings.data_parallel_size)
+        )
+
     async def follow(self) -> AsyncIterator[EngineFound | EngineLost]:
         """Every difference from now on, beginning with all engines found; never ends."""
         while True:
@@ -136,6 +150,12 @@ def _sources_of(config: Config, environ: Mapping[str, str], resolver: Resolver) 
     for settings in config.engines:
         if _is_dns(settings):
             yield settings.url, DnsSource(settings, resolver)
+
+
+def _shifted(endpoint: str, rank: int) -> str:
+    """The endpoint of a data-parallel rank: engines count the port up. Source: vllm/distributed/kv_events.py 0.32.0."""
+    base, colon, port = endpoint.rpartition(":")
+    return f"{base}{colon}{int(port) + rank}" if port.isdigit() else endpoint
 
 
 def _is_dns(settings: EngineSettings) -> bool:

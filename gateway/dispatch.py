@@ -14,7 +14,20 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 
 from adapters.answers import Usage, usage
-from adapters.base import Adapter, Answer, Call, Command, Commit, Exchange, Hangup, Happening, Leg, Note, Payload, Retry
+from adapters.base import (
+    Adapter,
+    Answer,
+    Call,
+    Command,
+    Commit,
+    Exchange,
+    Hangup,
+    Happening,
+    Leg,
+    Payload,
+    Prefilled,
+    Retry,
+)
 from gateway.core.events import AttemptFailed, EngineHealth, Finished, FirstToken, Left, PrefillDone
 from gateway.core.types import Dispatch, Health, Reject, Request
 from gateway.driver import Decided, Driver
@@ -74,14 +87,14 @@ class Attempt:
         exchange: Exchange,
         engines: Engines,
         limits: CallLimits,
-        on_prefill_done: Callable[[], None],
+        on_prefilled: Callable[[Prefilled], None],
         *,
         is_stream: bool,
     ) -> None:
         self._exchange = exchange
         self._engines = engines
         self._limits = limits
-        self._on_prefill_done = on_prefill_done
+        self._on_prefilled = on_prefilled
         self._is_stream = is_stream
         self._calls: dict[Leg, EngineCall] = {}
         self._happenings: asyncio.Queue[Happening | StaleConnection] = asyncio.Queue()
@@ -120,8 +133,8 @@ class Attempt:
                     to_send.append(call)
                 case Hangup(leg):
                     self._calls[leg].close()
-                case Note():
-                    self._on_prefill_done()
+                case Prefilled() as prefilled:
+                    self._on_prefilled(prefilled)
                 case Commit():
                     result = next(call for call in self._calls.values() if call.call.is_answer)
                 case Retry() | Answer() as ending:
@@ -183,13 +196,11 @@ class Dispatcher:
         if prefill is None or decode is None:  # it left between the decision and this turn of the loop
             return Retry(dispatch.estimate.prefill if prefill is None else dispatch.estimate.decode, "engine_left")
         exchange = self._adapters[decode.adapter].open(payload, prefill, decode)
-        attempt = Attempt(
-            exchange,
-            self._engines,
-            self._limits,
-            lambda: self._driver.apply(PrefillDone(request.id)),
-            is_stream=payload.is_stream,
-        )
+
+        def prefilled(told: Prefilled) -> None:
+            self._driver.apply(PrefillDone(request.id, told.prompt_tokens, told.cached_tokens))
+
+        attempt = Attempt(exchange, self._engines, self._limits, prefilled, is_stream=payload.is_stream)
         self._attempts.add(attempt)
         try:
             result = await attempt.result()
@@ -197,16 +208,7 @@ class Dispatcher:
                 case Retry():
                     return result
                 case Answer():
-                    told = usage(result.body) or Usage()
-                    self._driver.apply(
-                        Finished(
-                            request.id,
-                            output_tokens=told.output_tokens,
-                            prompt_tokens=told.prompt_tokens,
-                            cached_tokens=told.cached_tokens,
-                        )
-                    )
-                    return Whole(decided, dispatch, result, told)
+                    return self._finish_whole(request, decided, dispatch, result)
                 case EngineCall():
                     self._driver.apply(FirstToken(request.id))
                     end = await stream(result, decided, dispatch)
@@ -220,6 +222,18 @@ class Dispatcher:
         """Fails the calls to that engine that have shown nothing yet, so that they are tried elsewhere now."""
         for attempt in list(self._attempts):
             attempt.engine_down(engine_id, detail)
+
+    def _finish_whole(self, request: Request, decided: Decided, dispatch: Dispatch, answer: Answer) -> Whole:
+        told = usage(answer.body) or Usage()
+        self._driver.apply(
+            Finished(
+                request.id,
+                output_tokens=told.output_tokens,
+                prompt_tokens=told.prompt_tokens,
+                cached_tokens=told.cached_tokens,
+            )
+        )
+        return Whole(decided, dispatch, answer, told)
 
     def _finish_stream(self, request: Request, end: StreamEnd) -> None:
         finished = Finished(

@@ -10,10 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
+import structlog
+
 from gateway.core.events import Event, Left
 from gateway.core.scheduler import Scheduler
 from gateway.core.types import Decision, Dispatch, Engine, Reject, Request, Wait
 from gateway.journal import Journal
+
+log = structlog.get_logger("sluice.driver")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,9 @@ class Driver:
         now = self._clock()
         self.journal.event(event, now)
         self.scheduler.apply(event, now=now)
+        for change in self.scheduler.prefixes.take_changes():
+            say = log.warning if change.is_worse else log.info
+            say("prefixes_known_by", engine=change.engine_id, source=change.source, reason=change.reason)
         self._arm(now)
 
     async def decide(self, request: Request) -> Decided:

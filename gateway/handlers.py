@@ -19,7 +19,7 @@ import structlog
 from aiohttp import web
 
 from adapters.answers import error_body, models_body, refusal
-from adapters.base import Payload, Retry
+from adapters.base import Retry
 from adapters.headers import client_request_id
 from adapters.openai import CHAT, COMPLETIONS, parse
 from gateway.body import read_body
@@ -36,7 +36,7 @@ from gateway.core.types import Dispatch, Reject, RejectReason, Request
 from gateway.dispatch import Dispatcher, Refused, Streamed, StreamEnd, Whole
 from gateway.driver import Decided, Driver
 from gateway.engine_call import EngineCall
-from gateway.prompt_length import PromptLength
+from gateway.gather import Gather, Gathered
 from gateway.relay import StreamRelay
 from gateway.server import SERVER_NAME
 
@@ -61,6 +61,8 @@ REFUSAL_STATUS = {
     RejectReason.QUEUE_FULL: 429,
     RejectReason.WAITED_TOO_LONG: 429,
     RejectReason.TOO_MANY_ATTEMPTS: 502,
+    RejectReason.TTFT_SLO: 429,
+    RejectReason.TBT_SLO: 429,
 }
 REFUSAL_KIND = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -104,6 +106,7 @@ def explain(exchanged: Exchanged, decided: Decided, dispatch: Dispatch) -> dict[
         "x-sluice-decision-us": str(round(decided.decision_s * 1e6)),
         "x-sluice-attempts": str(dispatch.attempt),
         "x-sluice-predicted-ttft-ms": f"{estimate.ttft_s * 1e3:.1f}",
+        "x-sluice-cached-tokens": str(estimate.cached_tokens),
     }
 
 
@@ -111,11 +114,11 @@ class Handlers:
     """The routes. Call it with a request."""
 
     def __init__(
-        self, driver: Driver, dispatcher: Dispatcher, lengths: PromptLength, limits: HandlerLimits, *, started_at: float
+        self, driver: Driver, dispatcher: Dispatcher, gather: Gather, limits: HandlerLimits, *, started_at: float
     ) -> None:
         self._driver = driver
         self._dispatcher = dispatcher
-        self._lengths = lengths
+        self._gather = gather
         self._limits = limits
         self._started_at = started_at
         self._routes: Mapping[str, tuple[str, Handler]] = {
@@ -168,6 +171,7 @@ class Handlers:
         raw = await read_body(request, self._limits.max_body_bytes, self._limits.body_timeout_s)
         payload = parse(request.path, raw, list(request.headers.items()), request_id=exchanged.id)
         exchanged.model = payload.model
+        gathered = await self._gather(payload, arrived_at=exchanged.began_at)
         streamed: list[web.StreamResponse] = []
 
         async def stream(call: EngineCall, decided: Decided, dispatch: Dispatch) -> StreamEnd:
@@ -187,31 +191,29 @@ class Handlers:
             )
             return await relay.run(response)
 
-        ending = await self._dispatcher.serve(self._core_request(payload, exchanged), payload, stream)
+        ending = await self._dispatcher.serve(gathered.request, gathered.payload, stream)
+        self._learn_length(gathered, ending)
         match ending:
             case Refused(decided, reject, failure):
                 exchanged.outcome = reject.reason
                 return self.refused(reject, failure, exchanged)
-            case Whole(decided, dispatch, answer, usage):
-                self._lengths.observe(payload, usage.prompt_tokens)
+            case Whole(decided, dispatch, answer):
                 exchanged.outcome, exchanged.dispatch = "served", dispatch
                 headers = explain(exchanged, decided, dispatch) | {"content-type": answer.content_type}
                 return web.Response(status=answer.status, body=answer.body, headers=headers)
             case Streamed(_, dispatch, end):
-                self._lengths.observe(payload, end.prompt_tokens)
                 exchanged.outcome, exchanged.dispatch = end.failure or "served", dispatch
                 return streamed[0]
 
-    def _core_request(self, payload: Payload, exchanged: Exchanged) -> Request:
-        return Request(
-            id=exchanged.id,
-            model=payload.model or "",
-            arrived_at=exchanged.began_at,
-            prompt_tokens=self._lengths.tokens(payload),
-            is_prompt_exact=payload.prompt_tokens is not None,
-            max_output_tokens=payload.max_output_tokens,
-            can_hand_off=payload.can_hand_off,
-        )
+    def _learn_length(self, gathered: Gathered, ending: Refused | Whole | Streamed) -> None:
+        """Tells the estimator of prompt lengths what an engine counted."""
+        told = None
+        if isinstance(ending, Streamed):
+            told = ending.end.prompt_tokens
+        elif isinstance(ending, Whole):
+            told = ending.usage.prompt_tokens
+        if told is not None:
+            self._gather.learn(gathered, told)
 
     def refused(self, reject: Reject, failure: Retry | None, exchanged: Exchanged) -> web.Response:
         """A refusal of the core as an answer. After a failed attempt the failure is what the client should hear of."""
@@ -244,7 +246,7 @@ class Handlers:
 
     async def ready(self, request: web.BaseRequest, exchanged: Exchanged) -> web.StreamResponse:
         """Whether some pair can serve, and what every engine is."""
-        cluster = self._driver.scheduler.cluster
+        cluster, prefixes, now = self._driver.scheduler.cluster, self._driver.scheduler.prefixes, self._driver.now()
         probe = Request(id="ready", model="", arrived_at=self._driver.now(), prompt_tokens=1)
         missing = refuse_missing_role(probe, [state.engine for state in cluster.engines.values()], cluster)
         body = {
@@ -257,6 +259,9 @@ class Handlers:
                     "health": state.health,
                     "reason": state.health_reason,
                     "in_flight": state.in_flight_count,
+                    "report_age_s": None if state.reported_at is None else round(now - state.reported_at, 3),
+                    "prefixes": prefixes.source(state.engine.id),
+                    "prefix_agreement": agreement.ratio if (agreement := prefixes.agreement(state.engine.id)) else None,
                 }
                 for state in cluster.engines.values()
             ],

@@ -146,6 +146,7 @@ class Watch:
         learnt = replace(
             known,
             models=known.models if facts.models is None else facts.models,
+            lora_names=known.lora_names if facts.models is None else facts.lora_names,
             block_tokens=facts.block_tokens or known.block_tokens,
             kv_capacity_tokens=facts.kv_capacity_tokens or known.kv_capacity_tokens,
             max_model_tokens=facts.max_model_tokens or known.max_model_tokens,

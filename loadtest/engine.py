@@ -65,6 +65,8 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._ready: deque[Sequence] = deque()
         """Fetched sequences: they hold their blocks and wait for a place in the batch."""
+        self._pending: set[str] = set()
+        """Of `_waiting`, ids of those whose prefix is on its way."""
         self._running: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._run: Run | None = None
@@ -87,6 +89,8 @@ class Engine:
             self._interrupt(now)
         self._by_id[request.id] = sequence
         self._waiting.append(sequence)
+        if request.is_prefix_pending:
+            self._pending.add(request.id)
         self._fetches.expect(request.remote, now=now)
 
     def abort(self, request_id: str, *, now: float) -> bool:
@@ -99,6 +103,12 @@ class Engine:
         if sequence not in self._running:
             self._drop_waiting(sequence, now)
         return True
+
+    def prefix_arrived(self, request_id: str, keys: Seq[int], *, now: float) -> int:
+        """Takes a prefix that this request waited for into the prefix cache; how many blocks of it fit."""
+        self._pending.discard(request_id)
+        self._interrupt(now)
+        return self._cache.adopt(keys)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix; False (and nothing done) while any block is in use."""
@@ -201,6 +211,8 @@ class Engine:
     def _make_room(self, at: float, out: list[Outcome]) -> bool:
         """Preempts the latest requests until the others can take a step; whether nobody had to go."""
         had_room = True
+        if len(self._running) <= self._cache.free_count:
+            return had_room  # a step takes a block of each at most
         while self._blocks_needed(self._running, 1) > self._cache.free_count:
             victim = self._running.pop()
             self._release(victim)
@@ -229,11 +241,11 @@ class Engine:
         chunks: list[tuple[Sequence, int]],
         out: list[Outcome],
     ) -> None:
-        reserved = self._blocks_needed(decodes, 1)
+        reserved = self._blocks_needed(decodes, 1) if self._waiting else 0
         while budget > 0 and len(self._running) < self.settings.batch_limit and not self.is_crashed:
             if self._ready:
                 sequence = self._ready.popleft()
-            elif self._waiting and self._allocate(self._waiting[0], reserved, at):
+            elif self._waiting and self._is_here(self._waiting[0]) and self._allocate(self._waiting[0], reserved, at):
                 sequence = self._waiting.popleft()
                 if sequence.request.remote is not None and not sequence.is_fetch_over:
                     self._fetch(sequence, sequence.request.remote, at, out)
@@ -247,6 +259,10 @@ class Engine:
             else:
                 chunks.append((sequence, min(budget, sequence.remaining)))
                 budget -= chunks[-1][1]
+
+    def _is_here(self, sequence: Sequence) -> bool:
+        """Whether it waits for no prefix."""
+        return sequence.request.id not in self._pending
 
     def _allocate(self, sequence: Sequence, reserved: int, at: float) -> bool:
         """Gives the sequence blocks for all its known tokens, cached ones first; False when they do not fit."""
@@ -264,6 +280,7 @@ class Engine:
             sequence.cached_tokens = sequence.computed
             self.counters.prefix_query_tokens += known
             self.counters.prefix_hit_tokens += sequence.computed
+            self.counters.external_query_tokens += known - sequence.computed
         return True
 
     def _price(self, at: float, decodes: list[Sequence], chunks: list[tuple[Sequence, int]], *, steps: int) -> Run:
@@ -279,13 +296,18 @@ class Engine:
         return Run(at, chunks, decodes, steps, first_s, growth_s)
 
     def _steps_ahead(self, decodes: list[Sequence]) -> int:
-        """Steps until the first request ends or memory runs out, >= 1."""
+        """Steps until the first request ends or memory runs out, >= 1; one where a first token is due, to tell it."""
+        if any(s.first_token_at is None for s in decodes):
+            return 1
         limits = [s.limit for s in decodes]
         if None in limits:
             return 1
         steps = min(limit - s.output for s, limit in zip(decodes, limits, strict=True) if limit is not None)
         if self.settings.max_run_steps is not None:
             steps = min(steps, self.settings.max_run_steps)
+        size, free_count = self._cache.block_tokens, self._cache.free_count
+        if len(decodes) * (steps // size + 1) <= free_count:
+            return steps
         while steps > 1 and self._blocks_needed(decodes, steps) > self._cache.free_count:
             steps //= 2
         return steps
@@ -313,6 +335,10 @@ class Engine:
         blocks = -(-(sequence.computed + run.steps) // self._cache.block_tokens) - len(sequence.blocks)
         if blocks > 0:
             sequence.blocks += self._cache.take(blocks)
+        if sequence.is_only_counted:
+            sequence.computed += run.steps
+            sequence.output += run.steps
+            return ()
         sequence.write(self._cache, sequence.known_tokens)
         said = self._speak(sequence, run, out)
         if run.steps > 1:
@@ -381,6 +407,7 @@ class Engine:
 
     def _drop_waiting(self, sequence: Sequence, now: float) -> None:
         """Ends an aborted sequence that is not in the batch; frees the far side of its hand-off too."""
+        self._pending.discard(sequence.request.id)
         for queue in (self._waiting, self._ready):
             if sequence in queue:
                 queue.remove(sequence)

@@ -99,6 +99,8 @@ class EngineRequest:
     """Hold the KV for a reader after the end (`do_remote_decode`)."""
     remote: RemoteKv | None = None
     """Read the prompt's KV from there instead of computing it (`do_remote_prefill`)."""
+    is_prefix_pending: bool = False
+    """A prefix is on its way from elsewhere: wait for it, first come first served (`Engine.prefix_arrived`)."""
 
 
 # ---- outcomes -------------------------------------------------------------------------------------------------------

@@ -59,13 +59,15 @@ class Fetches:
             return "no such engine at the side-channel address"
         if len(remote.block_ids) < len(sequence.blocks) - sequence.published:
             return "fewer remote blocks than local ones"
-        tokens = sequence.request.prompt_tokens - sequence.computed
-        self._counters.external_query_tokens += tokens
         sequence.fetch_started_at = at
         self._active[sequence.request.id] = sequence
-        size_bytes = tokens * self._settings.kv_token_bytes
-        self._fabric.start(source.id, self._engine_id, sequence.request.id, size_bytes, now=at)
+        self._fabric.start(source.id, self._engine_id, sequence.request.id, self._size_bytes(sequence), now=at)
         return None
+
+    def _size_bytes(self, sequence: Sequence) -> int:
+        """Whole blocks are moved, the last one too."""
+        missing = len(sequence.blocks) - sequence.published
+        return missing * self._settings.block_tokens * self._settings.kv_token_bytes
 
     def take_done(self, *, now: float) -> list[tuple[Sequence, KvSource | None]]:
         """Sequences whose transfer has ended by `now`; None in place of a source that is gone."""
@@ -85,8 +87,7 @@ class Fetches:
             for block, content in zip(missing, source.read_blocks(far), strict=True):
                 cache.put_content(block, content)
         source.reader_done(remote.request_id or "", now=now)
-        tokens = request.prompt_tokens - sequence.computed
-        size_bytes = tokens * self._settings.kv_token_bytes
+        tokens, size_bytes = request.prompt_tokens - sequence.computed, self._size_bytes(sequence)
         self._counters.external_hit_tokens += tokens
         self._counters.transferred_bytes += size_bytes
         sequence.fetched_tokens = tokens

@@ -141,6 +141,16 @@ class KvCache:
             )
         )
 
+    def adopt(self, keys: Sequence[int]) -> int:
+        """Makes a prefix that arrived from elsewhere findable, as far as free blocks reach; how many blocks that is."""
+        matched = self.match_count(keys)
+        held = self.share(keys[:matched])
+        fresh = self.take(min(len(keys) - matched, self.free_count))
+        count = matched + len(fresh)
+        self.publish(fresh, keys[matched:count], parent=keys[matched - 1] if matched else None)
+        self.release([*held, *fresh])
+        return count
+
     def content(self, block: int) -> BlockContent:
         """The memory of a block, to read or to write; whatever is there, whoever owns it now."""
         if not 0 <= block < self.block_count:

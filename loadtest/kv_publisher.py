@@ -60,7 +60,7 @@ class KvPublisher:
         """Sends one batch; nothing for no events."""
         if not events:
             return
-        payload = msgspec.msgpack.encode([time.time(), [_wire(event) for event in events], 0])
+        payload = msgspec.msgpack.encode([time.time(), [wire_event(event) for event in events], 0])
         self._pub.send_multipart((self._topic, self._next_seq.to_bytes(8, "big"), payload))
         self._buffer.append((self._next_seq, payload))
         self._next_seq += 1
@@ -94,7 +94,7 @@ def _bind(socket: zmq.Socket[bytes] | zmq.asyncio.Socket, endpoint: str) -> str:
     return socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
 
 
-def _wire(event: KvEvent) -> dict[str, object]:
+def wire_event(event: KvEvent) -> dict[str, object]:
     """One event as a map with its type; fields at their default are left out, as msgspec does for vLLM."""
     if isinstance(event, BlockStored):
         fields: dict[str, object] = {
@@ -107,9 +107,7 @@ def _wire(event: KvEvent) -> dict[str, object]:
             "medium": "GPU",
             "lora_name": event.lora or None,
         }
-        if event.lora or event.salt:
-            fields["extra_keys"] = _extra_keys(event)
-        return fields | {"group_idx": 0, "kv_cache_spec_kind": "full_attention"}
+        return fields | {"extra_keys": _extra_keys(event), "group_idx": 0, "kv_cache_spec_kind": "full_attention"}
     if isinstance(event, BlockRemoved):
         return {"type": "BlockRemoved", "block_hashes": [event.block_hash], "medium": "GPU", "group_idx": 0}
     return {"type": "AllBlocksCleared"}

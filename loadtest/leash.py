@@ -1,4 +1,4 @@
-"""Runs a command that cannot outlive the program that started it: `python -m loadtest.leash COMMAND...`.
+"""Runs a command that cannot outlive the program that started it: `python loadtest/leash.py COMMAND...`.
 
 An engine is several processes, and a starter that is killed with SIGKILL can clean up nothing. So the leash stands
 between them as the head of the engine's process group, holding the read end of a pipe from the starter. Whether the
@@ -13,10 +13,39 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import FrameType
 
 GRACE_S = 15.0
-"""Time for the command to end by itself; vLLM takes 1 to 3 s and removes its shared memory on the way."""
+"""Time for the command to end by itself; vLLM takes 1 to 3 s on idle cores and removes its shared memory on the way."""
+
+
+def group_members(group: int) -> list[int]:
+    """The ids of the processes in the group, its head included."""
+    members = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError):  # ended meanwhile
+            if os.getpgid(int(process.name)) == group:
+                members.append(int(process.name))
+    return members
+
+
+def shared_memory_files(group: int) -> list[Path]:
+    """The files in /dev/shm that processes of the group have mapped: nobody removes them after a SIGKILL."""
+    inodes = set()
+    for member in group_members(group):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            mapped = Path(f"/proc/{member}/maps").read_text().splitlines()
+            inodes |= {int(line.split()[4]) for line in mapped if "/dev/shm/" in line}
+    # By inode, for a semaphore is mapped under a temporary name.
+    return [file for file in Path("/dev/shm").iterdir() if file.stat().st_ino in inodes]
+
+
+def kill_group(group: int) -> None:
+    """End every process of the group with SIGKILL and remove the shared memory they had."""
+    for file in shared_memory_files(group):
+        file.unlink(missing_ok=True)
+    os.killpg(group, signal.SIGKILL)
 
 
 def end_group(child: subprocess.Popen[bytes]) -> None:
@@ -24,7 +53,7 @@ def end_group(child: subprocess.Popen[bytes]) -> None:
     child.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(GRACE_S)
-    os.killpg(0, signal.SIGKILL)
+    kill_group(os.getpgid(0))
 
 
 def main(command: list[str]) -> None:

@@ -61,6 +61,11 @@ class Sequence:
         """Known tokens without KV; 1 means it decodes, more that it is in prefill."""
         return self.request.prompt_tokens + self.output - self.computed
 
+    @property
+    def is_only_counted(self) -> bool:
+        """Whether further tokens change nothing but counts: it has spoken, without text, and published its prompt."""
+        return self.first_token_at is not None and not self.tokens and self.published == len(self.keys)
+
     def write(self, cache: KvCache, end: int) -> None:
         """Computes KV up to token `end`: fills block memory and makes full blocks findable."""
         if self.tokens:

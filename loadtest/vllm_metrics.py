@@ -24,6 +24,7 @@ _FIRST_TOKEN_TAIL = (640, 2560)
 _GAP = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _ITERATION = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _TRANSFER = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 5)
+_DESCRIPTORS = (10, 20, 30, 50, 75, 100, 200, 400, 1000, 2000, 4000, 10000, 20000, 50000)
 _BYTES = tuple(2 ** (10 + i) for i in range(1, 25, 2))
 
 _Values: TypeAlias = list[tuple[str, str, float | dict[str, float], str]]
@@ -57,7 +58,9 @@ class VllmMetrics(Collector):
         self._output_tokens = self._histogram("request_generation_tokens", tokens)
         self._preempted = self._histogram("request_num_preemptions", (1, 2, 3, 4, 5, 10, 20))
         self._transfer = self._histogram("nixl_xfer_time_seconds", _TRANSFER)
+        self._post = self._histogram("nixl_post_time_seconds", (0.001, *_TRANSFER))
         self._bytes = self._histogram("nixl_bytes_transferred", _BYTES)
+        self._descriptors = self._histogram("nixl_num_descriptors", _DESCRIPTORS)
         self._registry.register(self)
 
     def render(self) -> bytes:
@@ -72,8 +75,7 @@ class VllmMetrics(Collector):
             elif isinstance(outcome, Finished):
                 self._observe_end(outcome)
             elif isinstance(outcome, TransferFinished):
-                self._transfer.observe(outcome.at - outcome.started_at)
-                self._bytes.observe(outcome.size_bytes)
+                self._observe_transfer(outcome)
 
     def _observe_tokens(self, tokens: Tokens) -> None:
         for at in tokens.token_at.tolist():
@@ -82,6 +84,14 @@ class VllmMetrics(Collector):
                 if (last_at := self._last_token_at.get(request_id)) is not None:
                     self._gap.observe(at - last_at)
                 self._last_token_at[request_id] = at
+
+    def _observe_transfer(self, transfer: TransferFinished) -> None:
+        """One descriptor per block; the emulator posts a transfer in no time."""
+        settings = self._engine.settings
+        self._transfer.observe(transfer.at - transfer.started_at)
+        self._post.observe(0.0)
+        self._bytes.observe(transfer.size_bytes)
+        self._descriptors.observe(transfer.size_bytes // (settings.kv_token_bytes * settings.block_tokens))
 
     def _observe_end(self, end: Finished) -> None:
         last_at = self._last_token_at.pop(end.request_id, None)
@@ -161,6 +171,7 @@ class VllmMetrics(Collector):
             "cache_dtype": "auto",
             "enable_prefix_caching": "True",
             "engine": "0",
+            "kv_cache_size_tokens": str(settings.kv_blocks * settings.block_tokens),
             "num_gpu_blocks": str(settings.kv_blocks),
             "prefix_caching_hash_algo": "sha256",
         }

@@ -26,6 +26,7 @@ import aiohttp
 
 from gateway.core.errors import GatewayError
 from gateway.core.types import Role
+from loadtest.leash import group_members, kill_group
 
 MODEL = "tiny"
 MAX_MODEL_TOKENS = 8192
@@ -93,27 +94,13 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def shared_memory_files(group: int) -> list[Path]:
-    """The files in /dev/shm that processes of the group have mapped: nobody removes them after a SIGKILL."""
-    inodes = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getpgid(int(process.name)) == group:
-                mapped = (process / "maps").read_text()
-                inodes |= {int(line.split()[4]) for line in mapped.splitlines() if "/dev/shm/" in line}
-        except OSError:
-            continue  # ended meanwhile, or another user's
-    # By inode, for a semaphore is mapped under a temporary name.
-    return [file for file in Path("/dev/shm").iterdir() if file.stat().st_ino in inodes]
-
-
 class VllmEngine:
     """One vLLM process and its ports, which stay the same over restarts."""
 
     def __init__(self, spec: EngineSpec, python: Path, model: Path, log_path: Path) -> None:
         self.spec = spec
         self.log_path = log_path
-        self.port, self._side_channel_port, self.kv_events_port = free_ports(3)
+        self.port, self._side_channel_port, self.kv_events_port, self.kv_replay_port = free_ports(4)
         self._python = python
         self._model = model
         self._process: asyncio.subprocess.Process | None = None
@@ -133,7 +120,8 @@ class VllmEngine:
         command = [str(self._python), "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", self._model.name, "--served-model-name", MODEL]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", str(MAX_MODEL_TOKENS)]
-        command += ["--enforce-eager", "--enable-prefix-caching", "--enable-prompt-tokens-details"]
+        command += ["--dtype", "float32", "--enforce-eager"]
+        command += ["--enable-prefix-caching", "--enable-prompt-tokens-details"]
         if self.spec.role in KV_ROLES:
             command += ["--kv-transfer-config", json.dumps(self._kv_transfer_config())]
         if self.spec.publishes_kv_events:
@@ -150,8 +138,12 @@ class VllmEngine:
 
     def _kv_events_config(self) -> dict[str, object]:
         # With a concrete address in place of the star vLLM connects instead of binding.
-        endpoint = f"tcp://*:{self.kv_events_port}"
-        return {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
+        return {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": f"tcp://*:{self.kv_events_port}",
+            "replay_endpoint": f"tcp://*:{self.kv_replay_port}",
+        }
 
     async def start(self, ready_timeout_s: float) -> None:
         """Start the process and wait until it serves. Raises EngineStartFailed with the end of its log."""
@@ -189,16 +181,16 @@ class VllmEngine:
     async def kill(self) -> None:
         """End the engine as a crash would: SIGKILL to all its processes at once."""
         if self._process is not None and self.is_running:
-            left_behind = shared_memory_files(self._process.pid)
-            os.killpg(self._process.pid, signal.SIGKILL)
+            kill_group(self._process.pid)
             await self._process.wait()
-            for file in left_behind:
-                file.unlink(missing_ok=True)
 
     def freeze(self) -> None:
-        """Stop all the engine's processes in their tracks: connections are still accepted, nothing is answered."""
+        """Stop the engine's processes in their tracks: connections are still accepted, nothing is answered."""
         if self._process is not None and self.is_running:
-            os.killpg(self._process.pid, signal.SIGSTOP)
+            leash = self._process.pid
+            for member in group_members(leash):
+                if member != leash:
+                    os.kill(member, signal.SIGSTOP)
 
     def unread_bytes(self) -> int:
         """Bytes sent to the engine's HTTP port that it has not read yet."""

@@ -5,14 +5,18 @@ Source: vllm 0.32.0 entrypoints/openai/{chat_completion,completion}/{protocol,se
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from loadtest import tokenizer
 from loadtest.engine_types import EngineRequest, RemoteKv
+
+_T = TypeVar("_T")
 
 MAX_CHOICES = 16384
 """VLLM_MAX_N_SEQUENCES's default."""
@@ -21,7 +25,9 @@ MAX_CHOICES = 16384
 class VllmError(Exception):
     """An error in vLLM's words: `{"error": {"message", "type", "param", "code"}}`."""
 
-    def __init__(self, message: str, *, kind: str = "BadRequestError", status: int = 400, param: str | None = None):
+    def __init__(
+        self, message: str, *, kind: str = "BadRequestError", status: int = 400, param: str | None = None
+    ) -> None:
         super().__init__(message)
         self.message, self.kind, self.status, self.param = message, kind, status, param
 
@@ -31,9 +37,36 @@ class VllmError(Exception):
         return {"error": error}
 
 
+def refused(message: str, param: str, value: object = None) -> VllmError:
+    """What vLLM answers when a parameter's value cannot be (its VLLMValidationError)."""
+    tail = "" if value is None else f", value={value}"
+    return VllmError(f"{message} (parameter={param}{tail})", param=param)
+
+
 def invalid_field(message: str, param: str | None = None) -> VllmError:
     """What vLLM answers when the body itself does not validate (pydantic's stage)."""
     return VllmError(f"1 validation error:\n  {message}", kind="Bad Request", param=param)
+
+
+def _undecodable(body: bytes, error: msgspec.DecodeError) -> VllmError:
+    if isinstance(error, msgspec.ValidationError):
+        where = re.search(r"\$\.([\w.]+)", str(error))
+        return invalid_field(str(error), f"body.{where.group(1)}" if where else None)
+    try:
+        json.loads(body)
+    except json.JSONDecodeError as cause:
+        loc = f"body.{cause.pos}"
+        detail = {"type": "json_invalid", "loc": loc, "msg": "JSON decode error", "input": "<dict of 0 items>"}
+        return invalid_field(str(detail | {"ctx": {"error": cause.msg}}), loc)
+    return invalid_field(str(error))
+
+
+def decoded(body: bytes, kind: type[_T]) -> _T:
+    """The JSON body as that type. Raises VllmError."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        raise _undecodable(body, error) from error
 
 
 class _StreamOptions(msgspec.Struct):
@@ -164,13 +197,8 @@ def remote_kv(params: Mapping[str, Any]) -> RemoteKv | None:
 
 def parse(body: bytes, *, is_chat: bool, limits: Limits) -> Generation:
     """A validated generation request. Raises VllmError."""
-    try:
-        request = msgspec.json.decode(body, type=_Chat) if is_chat else msgspec.json.decode(body, type=_Completion)
-    except msgspec.ValidationError as error:
-        raise invalid_field(str(error)) from error
-    except msgspec.DecodeError as error:
-        raise invalid_field(f"JSON decode error: {error}") from error
-    _check_body(request)
+    request = decoded(body, _Chat) if is_chat else decoded(body, _Completion)
+    _check_body(request, body)
     lora = _lora(request.model, limits)
     prompts = _chat_prompt(request) if isinstance(request, _Chat) else _completion_prompts(request)
     options = request.stream_options or _StreamOptions()
@@ -195,15 +223,17 @@ def parse(body: bytes, *, is_chat: bool, limits: Limits) -> Generation:
     )
 
 
-def _check_body(request: _Chat | _Completion) -> None:
+def _check_body(request: _Chat | _Completion, body: bytes) -> None:
     if isinstance(request, _Chat) and request.messages is msgspec.UNSET:
-        raise invalid_field("{'type': 'missing', 'loc': ('body', 'messages'), 'msg': 'Field required'}", "messages")
+        given = f"<dict of {len(decoded(body, dict[str, object]))} items>"
+        detail = {"type": "missing", "loc": "body.messages", "msg": "Field required", "input": given}
+        raise invalid_field(str(detail), "body.messages")
     if request.stream_options is not None and not request.stream:
-        raise invalid_field("Stream options can only be defined when `stream=True`.", "stream_options")
+        raise refused("Stream options can only be defined when `stream=True`.", "stream_options")
     if request.cache_salt is not None and (not request.cache_salt or set(request.cache_salt) & set("@/\\\0")):
         raise invalid_field("Parameter 'cache_salt' must be a non-empty string without '@', '/', '\\' and NUL.")
     if request.n is not None and not 1 <= request.n <= MAX_CHOICES:
-        raise VllmError(f"n must be at least 1 and at most {MAX_CHOICES}, got {request.n}.", param="n")
+        raise refused(f"n must be at least 1 and at most {MAX_CHOICES}, got {request.n}.", "n", request.n)
     if request.logprobs or request.echo:
         raise VllmError("This emulator does not serve logprobs or echo.")
 
@@ -222,15 +252,15 @@ def _chat_prompt(request: _Chat) -> tuple[tuple[int, ...], ...]:
     if ready:
         return (tuple(ready),)
     assert request.messages is not msgspec.UNSET, "checked before"
+    if not request.messages:
+        raise VllmError("Cannot apply chat template to an empty conversation. Provide at least one message.")
     return (tuple(tokenizer.encode_chat(request.messages)),)
 
 
 def _completion_prompts(request: _Completion) -> tuple[tuple[int, ...], ...]:
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        prompt = [prompt]
-    if not prompt:
-        raise invalid_field("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
+    if not request.prompt:
+        raise refused("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
+    prompt = [request.prompt] if isinstance(request.prompt, str) else request.prompt
     numbers = [token for token in prompt if isinstance(token, int)]
     if numbers:
         if len(numbers) != len(prompt):
@@ -250,22 +280,21 @@ def _output_limit(request: _Chat | _Completion, prompt_tokens: int, limits: Limi
     else:
         name, asked = "max_tokens", 16 if request.max_tokens is None else request.max_tokens
     if asked is not None and asked > longest:
-        raise VllmError(
-            f"{name}={asked} cannot be greater than max_model_len={longest}. Please request fewer output tokens.",
-            param=name,
-        )
+        message = f"{name}={asked} cannot be greater than max_model_len={longest}. Please request fewer output tokens."
+        raise refused(message, name, asked)
     if prompt_tokens > longest:
-        raise VllmError(
+        raise refused(
             f"This model's maximum context length is {longest} tokens. However, your prompt contains {prompt_tokens} "
             "input tokens, which exceeds this limit even without any output tokens. "
             "Please reduce the length of the input prompt.",
-            param="input_tokens",
+            "input_tokens",
+            prompt_tokens,
         )
     if prompt_tokens < 1:
         raise VllmError("The decoder prompt cannot be empty")
     limit = longest - prompt_tokens if asked is None else min(asked, longest - prompt_tokens)
     if limit < 1:
-        raise VllmError(f"max_tokens must be at least 1, got {limit}.", param="max_tokens")
+        raise refused(f"max_tokens must be at least 1, got {limit}.", "max_tokens", limit)
     if request.min_tokens < 0 or request.min_tokens > limit:
         raise VllmError(f"min_tokens must be between 0 and max_tokens={limit}, got {request.min_tokens}.")
     return limit

@@ -14,7 +14,7 @@ from aiohttp import web
 from gateway.core.errors import BadRequest
 from loadtest import tokenizer
 from loadtest.engine_types import Finished, FinishReason
-from loadtest.vllm_requests import Generation, Limits, VllmError, invalid_field, parse, remote_kv
+from loadtest.vllm_requests import Generation, Limits, VllmError, decoded, invalid_field, parse, remote_kv
 from loadtest.vllm_shapes import DONE, VERSION, Choice, Shapes, error_event, kv_params, models
 
 if TYPE_CHECKING:
@@ -47,7 +47,12 @@ def application(fake: FakeEngine) -> web.Application:
     app.router.add_post("/detokenize", routes.detokenize)
     for path in _NOT_SERVED:
         app.router.add_post(path, routes.not_served)
+    app.on_response_prepare.append(_name_server)
     return app
+
+
+async def _name_server(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = "uvicorn"
 
 
 def _json(body: object, status: int = 200) -> web.Response:
@@ -84,7 +89,7 @@ class _Routes:
         except VllmError as error:
             response = _error(error)
         except web.HTTPException as error:
-            response = _error(VllmError(error.reason, kind=error.reason, status=error.status))
+            response = _json({"detail": error.reason}, error.status)
         if self._fake.settings.has_request_id_headers and not response.prepared:
             response.headers["X-Request-Id"] = request.headers.get("X-Request-Id") or self._random_hex(32)
         return response
@@ -139,7 +144,7 @@ class _Routes:
 
     async def _body(self, request: web.Request) -> bytes:
         if request.content_type != "application/json":
-            raise invalid_field("'Unsupported Media Type: Only 'application/json' is allowed'")
+            raise invalid_field("Unsupported Media Type: Only 'application/json' is allowed")
         return await request.read()
 
     def _parse(self, body: bytes, *, is_chat: bool) -> Generation:
@@ -195,10 +200,19 @@ class _Routes:
                 ends[output.choice] = output.end
                 if output.end.reason is FinishReason.ERROR:
                     raise _server_error()
-        has_details = self._fake.settings.has_prompt_tokens_details
-        cached = ends[0].cached_tokens if has_details and 0 in ends else None
-        body = shapes.whole(choices, self._kv_params(ends.get(0)), cached)
+        body = shapes.whole(choices, self._kv_params(ends.get(0)), self._cached(generation, ends.get(0)))
         return web.Response(body=body, content_type="application/json", headers=self._load_header(request))
+
+    def _cached(self, generation: Generation, end: Finished | None) -> int | None:
+        """Cached prompt tokens for the usage, None unless `--enable-prompt-tokens-details`.
+
+        After a remote prefill they are the prefill engine's. Source: v1/engine/output_processor.py `from_new_request`.
+        """
+        if end is None or not self._fake.settings.has_prompt_tokens_details:
+            return None
+        told = generation.kv_params.get("remote_prefill_cached_tokens")
+        is_remote = bool(generation.kv_params.get("do_remote_prefill"))
+        return told if is_remote and isinstance(told, int) else end.cached_tokens
 
     def _kv_params(self, end: Finished | None) -> dict[str, object] | None:
         if end is None or end.held is None:
@@ -212,18 +226,21 @@ class _Routes:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         choices = _choices(generation)
+        ends: dict[int, Finished] = {}
         is_first = True
         while not all(choice.is_over for choice in choices):
             output = await stream.outputs.get()
             if output is None:
                 await self._hang_up(request)
-            if output.end is not None and output.end.reason is FinishReason.ERROR:
-                await response.write(error_event() + DONE)
-                return response
             if is_first:
                 is_first = False
                 for chunk in shapes.first_chunks():
                     await response.write(chunk)
+            if output.end is not None:
+                ends[output.choice] = output.end
+                if output.end.reason is FinishReason.ERROR:
+                    await response.write(error_event() + DONE)
+                    return response
             choice = choices[output.choice]
             if not choice.is_over:
                 text = self._hear(output, choices, generation, stream)
@@ -231,7 +248,7 @@ class _Routes:
             if await self._break_stream(request, response, sum(len(c.token_ids) for c in choices)):
                 return response
         if generation.includes_usage:
-            await response.write(shapes.usage_chunk(choices))
+            await response.write(shapes.usage_chunk(choices, self._cached(generation, ends.get(0))))
         await response.write(DONE)
         return response
 
@@ -302,7 +319,7 @@ class _Routes:
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """POST /tokenize, of a prompt or of chat messages."""
-        body = _object(await self._body(request))
+        body = decoded(await self._body(request), dict[str, object])
         messages, prompt = body.get("messages"), body.get("prompt")
         if isinstance(messages, list):
             ids = tokenizer.encode_chat(messages)
@@ -316,7 +333,7 @@ class _Routes:
 
     async def detokenize(self, request: web.Request) -> web.Response:
         """POST /detokenize."""
-        tokens = _object(await self._body(request)).get("tokens")
+        tokens = decoded(await self._body(request), dict[str, object]).get("tokens")
         if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
             raise invalid_field("tokens: Input should be a valid list of integers", "tokens")
         return _json({"prompt": tokenizer.decode(tokens)})
@@ -329,10 +346,3 @@ class _Routes:
 def _choices(generation: Generation) -> list[Choice]:
     prompts = [prompt for prompt in generation.prompts for _ in range(generation.choices)]
     return [Choice(index, prompt) for index, prompt in enumerate(prompts)]
-
-
-def _object(body: bytes) -> dict[str, object]:
-    try:
-        return msgspec.json.decode(body, type=dict[str, object])
-    except msgspec.DecodeError as error:
-        raise invalid_field(f"JSON decode error: {error}") from error

@@ -6,6 +6,7 @@ others are not. Source: entrypoints/openai/{chat_completion,completion}/{serving
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -67,9 +68,9 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, object]:
 
 
 def error_event() -> bytes:
-    """A failure in the middle of a stream."""
+    """A failure in the middle of a stream; vLLM encodes it with other spaces than the chunks."""
     error = {"message": "Internal server error", "type": "InternalServerError", "param": None, "code": 500}
-    return sse({"error": error})
+    return f"data: {json.dumps({'error': error})}\n\n".encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +111,15 @@ class Shapes:
             body["system_fingerprint"] = FINGERPRINT
         return sse(body)
 
-    def usage_chunk(self, choices: Sequence[Choice]) -> bytes:
+    def usage_chunk(self, choices: Sequence[Choice], cached: int | None) -> bytes:
         """The extra chunk that `stream_options.include_usage` asks for."""
         body = self._head("chat.completion.chunk" if self.generation.is_chat else "text_completion")
         body["choices"] = []
-        body["usage"] = usage(self._prompt_tokens(), sum(len(c.token_ids) for c in choices))
+        counts = usage(self._prompt_tokens(), sum(len(c.token_ids) for c in choices))
+        if cached is not None:
+            details = {"cached_tokens": cached}
+            counts["prompt_tokens_details"] = details | ({"created_cache_tokens": 0} if self.generation.is_chat else {})
+        body["usage"] = counts
         body["system_fingerprint"] = FINGERPRINT
         return sse(body)
 
@@ -124,7 +129,8 @@ class Shapes:
         body["choices"] = [self._chat_choice(c) if self.generation.is_chat else self._choice(c) for c in choices]
         details = None
         if cached is not None:
-            details = {"cached_tokens": cached, "created_cache_tokens": None, "multimodal_tokens": None}
+            created = 0 if self.generation.is_chat else None
+            details = {"cached_tokens": cached, "created_cache_tokens": created, "multimodal_tokens": None}
         counts = usage(self._prompt_tokens(), sum(len(c.token_ids) for c in choices))
         body |= {
             "service_tier": None,

@@ -12,5 +12,5 @@ DEADLINE_S = 5.0
 async def until(condition: Callable[[], bool | Awaitable[bool]], timeout_s: float = DEADLINE_S) -> None:
     """Returns when the condition is true. Raises TimeoutError when that takes too long."""
     async with asyncio.timeout(timeout_s):
-        while not (result if isinstance(result := condition(), bool) else await result):  # noqa: ASYNC110 - a poll
+        while not (result if isinstance(result := condition(), bool) else await result):
             await asyncio.sleep(POLL_S)

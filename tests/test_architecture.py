@@ -15,6 +15,7 @@ UNCLEAN = {"asyncio", "socket", "time", "datetime", "logging", "os", "threading"
 IO_LIBRARIES = {"aiohttp", "redis", "uvloop", "httptools", "zmq", "structlog", "opentelemetry", "locust"}
 PLUG_INS = {
     "gateway/policies": {"numpy"},
+    "gateway/admissions": {"numpy"},
     "adapters": {"numpy", "msgspec"},
     "predictors": {"numpy", "msgspec"},
 }
@@ -85,7 +86,7 @@ def test_the_gateway_does_not_need_the_test_bench() -> None:
         assert not any(module.startswith("loadtest") for module in imports(path)), name_of(path)
 
 
-@pytest.mark.parametrize("folder", ["gateway/core", "gateway/policies", "predictors", "adapters"])
+@pytest.mark.parametrize("folder", ["gateway/core", "gateway/policies", "gateway/admissions", "predictors", "adapters"])
 def test_pure_code_takes_time_as_a_keyword_named_now(folder: str) -> None:
     for path in sources(folder):
         for node in ast.walk(ast.parse(path.read_text())):

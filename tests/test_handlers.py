@@ -8,9 +8,10 @@ from gateway.dispatch import Dispatcher
 from gateway.driver import Decided, Driver
 from gateway.engine_call import CallLimits
 from gateway.engines import Engines
+from gateway.gather import Gather
 from gateway.handlers import REFUSAL_STATUS, Exchanged, HandlerLimits, Handlers, explain
 from gateway.journal import Journal
-from gateway.prompt_length import PromptLength
+from gateway.tokens import PromptTokens, TokenLimits
 from tests.builders import a_dispatch, a_scheduler
 
 
@@ -19,8 +20,9 @@ async def handlers() -> Handlers:
     driver = Driver(a_scheduler(), Journal())
     engines = Engines(keepalive_s=1.0, max_idle=1, api_key=lambda _: None)
     dispatcher = Dispatcher(driver, {}, engines, CallLimits(1.0, 1.0, 1.0, 1000))
+    gather = Gather(driver, PromptTokens({}, TokenLimits()), None)
     limits = HandlerLimits(max_body_bytes=1000, body_timeout_s=1.0, write_timeout_s=1.0, idle_timeout_s=1.0)
-    return Handlers(driver, dispatcher, PromptLength(4.0), limits, started_at=0.0)
+    return Handlers(driver, dispatcher, gather, limits, started_at=0.0)
 
 
 def an_exchange() -> Exchanged:
@@ -42,6 +44,7 @@ def test_the_explain_headers_name_the_pair_and_what_was_predicted():
         "x-sluice-decision-us": "12",
         "x-sluice-attempts": "1",
         "x-sluice-predicted-ttft-ms": "250.0",
+        "x-sluice-cached-tokens": "0",
     }
 
 

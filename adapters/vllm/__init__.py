@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from adapters.base import Exchange, Facts, Payload
+from adapters.kv_events import KvEventSource, parse_kv_event_sources
 from adapters.vllm import engine
 from adapters.vllm.nixl_pull import NixlPull
 from adapters.vllm.single import Single
@@ -21,6 +22,8 @@ class Vllm:
     health_path: str = "/health"
     report_path: str = "/metrics"
     models_path: str = "/v1/models"
+    kv_sources_path: str = "/kv_event_sources"
+    tokenize_path: str = "/tokenize"
     lease_s: float = 25.0
     """Time for a decode engine to show that it has the request after its prefill ended. The prefill engine keeps the
     blocks for 30 s (`kv_lease_duration`); the rest is margin for the decode engine's first heart-beat."""
@@ -42,6 +45,10 @@ class Vllm:
     def parse_report(self, body: bytes) -> Facts:
         """Load and cache facts from `/metrics`. Raises MalformedEngineData."""
         return engine.parse_report(body)
+
+    def parse_kv_sources(self, body: bytes, *, engine_id: str, host: str) -> tuple[KvEventSource, ...]:
+        """Where it publishes KV events, by rank. Raises MalformedEngineData."""
+        return parse_kv_event_sources(body, engine_id=engine_id, host=host)
 
     def parse_models(self, body: bytes) -> Facts:
         """Model names, adapters included, and the longest context. Raises MalformedEngineData."""

@@ -59,6 +59,8 @@ class _Model(Struct):
     id: Annotated[str, Meta(min_length=1)]
     max_model_len: Annotated[int, Meta(ge=1)] | None = None
     """Absent on adapters."""
+    parent: str | None = None
+    """The base model of a LoRA adapter."""
 
 
 class _ModelList(Struct):
@@ -75,7 +77,11 @@ def parse_models(body: bytes) -> Facts:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedEngineData(f"The model list is not sound: {error}.") from None
     limits = [model.max_model_len for model in models if model.max_model_len is not None]
-    return Facts(models=tuple(model.id for model in models), max_model_tokens=max(limits, default=None))
+    return Facts(
+        models=tuple(model.id for model in models),
+        lora_names=tuple(model.id for model in models if model.parent is not None),
+        max_model_tokens=max(limits, default=None),
+    )
 
 
 def _total(found: Mapping[str, list[Sample]], name: str) -> int | None:

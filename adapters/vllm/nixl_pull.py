@@ -6,8 +6,8 @@ late read may fetch recycled memory without an error. So the parameters never ou
 after the prefill ends in Retry, and the next attempt prefills anew (cheap on the same engine: its prefix cache helps).
 
     open leg   what happened                       commands
-    prefill    200 with sound parameters           Note, Call decode with them
-    prefill    200 without parameters              Note, Call decode plainly (it prefills itself), or Retry if it cannot
+    prefill    200 with sound parameters           Prefilled, Call decode with them
+    prefill    200 without parameters              Prefilled, Call decode plainly (it prefills), or Retry if it cannot
     prefill    200 with unsound ones, or garbage   Retry: a decode engine could die of them
     prefill    4xx that any engine would give      Answer
     prefill    other status, stream, broken        Retry
@@ -30,6 +30,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta, Struct
 
+from adapters.answers import Usage, usage
 from adapters.base import (
     Answer,
     Answered,
@@ -40,11 +41,11 @@ from adapters.base import (
     Happening,
     HeadEvent,
     Leg,
-    Note,
     Payload,
+    Prefilled,
     Retry,
 )
-from adapters.vllm import verdict
+from adapters.vllm import bodies, verdict
 from gateway.core.errors import MalformedEngineData
 from gateway.core.types import Engine
 
@@ -91,10 +92,20 @@ class _Transfer(Struct):
     remote_port: Annotated[int, Meta(ge=1, le=65535)]
     tp_size: Annotated[int, Meta(ge=1)] = 1
     do_remote_decode: bool = False
+    remote_prefill_cached_tokens: Annotated[int, Meta(ge=0)] | None = None
 
 
-def transfer_params(body: bytes) -> msgspec.Raw | None:
-    """The transfer parameters in a prefill answer, byte for byte; None when there are none.
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What a prefill answer says about reading its blocks."""
+
+    params: msgspec.Raw
+    """The transfer parameters, byte for byte as they came."""
+    cached_tokens: int | None
+
+
+def transfer_of(body: bytes) -> Transfer | None:
+    """The transfer that a prefill answer offers; None when it offers none.
 
     Raises MalformedEngineData when the answer is not JSON or its parameters could harm a decode engine.
     """
@@ -108,7 +119,7 @@ def transfer_params(body: bytes) -> msgspec.Raw | None:
     has_blocks = any(group != [] for group in transfer.remote_block_ids)
     if not transfer.do_remote_prefill or transfer.do_remote_decode or not has_blocks:
         raise MalformedEngineData("The prefill engine's transfer parameters name nothing to read.")
-    return params
+    return Transfer(params, transfer.remote_prefill_cached_tokens)
 
 
 @dataclass(slots=True)
@@ -124,7 +135,7 @@ class NixlPull:
     def start(self) -> list[Command]:
         """The prefill call."""
         kept = {name: value for name, value in self.payload.body.items() if name not in PREFILL_DROPS}
-        return [self._call(Leg.PREFILL, self.prefill, kept | PREFILL_SETS)]
+        return [self._call(Leg.PREFILL, self.prefill, bodies.encode(self.payload, kept | PREFILL_SETS))]
 
     def receive(self, happening: Happening) -> list[Command]:
         """What to do now. Nothing for a leg that is not open."""
@@ -150,21 +161,23 @@ class NixlPull:
         if answer.status != 200:
             return verdict.refused(self.prefill, answer)
         try:
-            params = transfer_params(answer.body)
+            transfer = transfer_of(answer.body)
         except MalformedEngineData:
             return [Retry(self.prefill.id, "prefill_bad_parameters")]
-        if params is None and not self.decode.can_serve_alone:
+        if transfer is None and not self.decode.can_serve_alone:
             return [Retry(self.prefill.id, "prefill_no_parameters")]
         self._open = Leg.DECODE
-        return [Note(), self._decode_call(params)]
+        told = usage(answer.body) or Usage()
+        # Only some engines are started to tell cached tokens in `usage`; the transfer parameters always do.
+        cached_tokens = transfer.cached_tokens if transfer else told.cached_tokens
+        return [Prefilled(told.prompt_tokens, cached_tokens), self._decode_call(transfer.params if transfer else None)]
 
     def _decode_call(self, params: msgspec.Raw | None) -> Call:
-        body = self.payload.body
         if params is None:
-            return self._call(Leg.DECODE, self.decode, body, is_answer=True)
+            return self._call(Leg.DECODE, self.decode, bodies.encode(self.payload, self.payload.body), is_answer=True)
         # A stream's head comes when the engine has the request; a whole answer's head only when all is generated.
         head_within_s = self.lease_s if self.payload.is_stream else None
-        body = {**body, "kv_transfer_params": params}
+        body = bodies.encode(self.payload, self.payload.body, params)
         return self._call(
             Leg.DECODE, self.decode, body, is_answer=True, is_replayable=False, head_within_s=head_within_s
         )
@@ -173,11 +186,11 @@ class NixlPull:
         self,
         leg: Leg,
         engine: Engine,
-        body: dict[str, object],
+        body: bytes,
         *,
         is_answer: bool = False,
         is_replayable: bool = True,
         head_within_s: float | None = None,
     ) -> Call:
-        headers, encoded = verdict.leg_headers(self.payload), msgspec.json.encode(body)
-        return Call(leg, engine, self.payload.path, encoded, headers, is_answer, is_replayable, head_within_s)
+        headers = verdict.leg_headers(self.payload)
+        return Call(leg, engine, self.payload.path, body, headers, is_answer, is_replayable, head_within_s)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import msgspec
-
 from adapters.base import Call, Command, Happening, Leg, Payload
-from adapters.vllm import verdict
+from adapters.vllm import bodies, verdict
 from gateway.core.types import Engine
 
 
@@ -21,7 +19,7 @@ class Single:
 
     def start(self) -> list[Command]:
         """The only call."""
-        body, headers = msgspec.json.encode(self.payload.body), verdict.leg_headers(self.payload)
+        body, headers = bodies.encode(self.payload, self.payload.body), verdict.leg_headers(self.payload)
         return [Call(Leg.DECODE, self.engine, self.payload.path, body, headers, is_answer=True)]
 
     def receive(self, happening: Happening) -> list[Command]:

@@ -1,4 +1,4 @@
-"""The rules that refuse, and only those: a request that no engine could serve however long it waited."""
+"""What refuses under every rule (no engine could serve the request however long it waited), and the rule `none`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,22 @@ from dataclasses import dataclass
 
 from gateway.core.cluster import Cluster
 from gateway.core.estimate import may_decode, may_do_both, may_prefill
+from gateway.core.interfaces import Arrival, PrefillEnd
 from gateway.core.types import Engine, Health, Reject, RejectReason, Request
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitAll:
+    """Refuses nobody: what can be served is served, however late."""
+
+    def start(self) -> AdmitAll:
+        return self
+
+    def arrive(self, arrival: Arrival, *, now: float) -> None:
+        """Any pair will do."""
+
+    def end_prefill(self, prefill: PrefillEnd, *, now: float) -> None:
+        """Every decode begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +32,8 @@ class AdmissionLimits:
     max_waiting: int = 1024
     max_wait_s: float = 30.0
     max_attempts: int = 3
+    observed_age_s: float = 600.0
+    """How long a guessed block is believed in without being used."""
 
     def room(self, engine: Engine) -> int:
         """Requests that the engine takes at once."""

@@ -101,6 +101,7 @@ class EngineState:
             prefill_work_s=self.prefill_work_s(now),
             queued_tokens=self.queued_tokens,
             kv_tokens=self.kv_tokens,
+            own_count=self.own_count,
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from gateway.core.fetch import with_fetches
 from gateway.core.interfaces import EngineLoad, Estimator, PairTable
 from gateway.core.types import Engine, Estimate, Request, Role
 
@@ -92,12 +93,14 @@ def estimate_pairs(
         [prefills[p].engine.id != decodes[d].engine.id for p, d in zip(prefill_row, decode_row, strict=True)],
         dtype=bool,
     )
-    return PairTable(
+    pairs = PairTable(
         prefills=prefills,
         decodes=decodes,
         prefill_row=prefill_row,
         decode_row=decode_row,
+        fetch_row=np.full(len(prefill_row), -1, dtype=np.intp),
         cached_tokens=cached[prefill_row],
+        fetched_tokens=np.zeros(len(prefill_row), dtype=np.int64),
         wait_s=wait_s[prefill_row],
         fetch_s=np.zeros(len(prefill_row)),
         prefill_s=prefill_s[prefill_row],
@@ -105,10 +108,12 @@ def estimate_pairs(
         join_s=np.where(is_moved, step_s[decode_row], 0.0),
         tbt_s=step_s[decode_row],
     )
+    return with_fetches(request, pairs, estimator, cached)
 
 
 def estimate_at(pairs: PairTable, row: int) -> Estimate:
     """One row of the table as a value."""
+    holder = int(pairs.fetch_row[row])
     return Estimate(
         prefill=pairs.prefills[pairs.prefill_row[row]].engine.id,
         decode=pairs.decodes[pairs.decode_row[row]].engine.id,
@@ -119,4 +124,6 @@ def estimate_at(pairs: PairTable, row: int) -> Estimate:
         join_s=float(pairs.join_s[row]),
         tbt_s=float(pairs.tbt_s[row]),
         cached_tokens=int(pairs.cached_tokens[row]),
+        fetch_from=None if holder < 0 else pairs.prefills[holder].engine.id,
+        fetched_tokens=int(pairs.fetched_tokens[row]),
     )

@@ -53,6 +53,10 @@ class PrefillDone:
     """The prefill leg ended well: the prefill engine computed the prompt and holds its KV for the decode engine."""
 
     request_id: str
+    prompt_tokens: int | None = None
+    """The engine's own count; None when it did not say."""
+    cached_tokens: int | None = None
+    """Prompt tokens that the prefill engine found in its cache; None when it did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,31 @@ class BlocksCleared:
     engine_id: str
 
 
+class FeedState(StrEnum):
+    """Whether an engine's stream of block events can be relied on."""
+
+    NONE = "none"
+    """The engine publishes no events."""
+    CONNECTING = "connecting"
+    """It should, and never did so far."""
+    LIVE = "live"
+    """Connected, nothing known to be missing."""
+    REPAIRING = "repairing"
+    """Connected; missed messages are being replayed."""
+    LOST = "lost"
+    """It was connected and is not any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvFeed:
+    """An engine's stream of block events came, went, or is being repaired."""
+
+    engine_id: str
+    state: FeedState
+    rows: tuple[str, ...]
+    """The ids under which its block events come: its own, and one more for each further data-parallel rank."""
+
+
 Event: TypeAlias = (
     EngineFound
     | EngineLost
@@ -149,4 +178,5 @@ Event: TypeAlias = (
     | BlocksStored
     | BlocksRemoved
     | BlocksCleared
+    | KvFeed
 )

@@ -9,12 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gateway.core.types import Dispatch, Engine, Report, Request
+from gateway.core.types import Dispatch, Engine, Estimate, RejectReason, Report, Request
+
+if TYPE_CHECKING:
+    from gateway.core.cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +40,17 @@ class EngineLoad:
     """Uncached prompt tokens of the queued requests."""
     kv_tokens: int
     """KV tokens held by requests in flight there (prompt plus output so far)."""
+    own_count: int
+    """Of `in_flight_count`, the requests that this gateway sent: all that a router which reads no reports knows."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairTable:
-    """Every feasible pair, one row each, sorted by (prefill id, decode id). All arrays have shape (pairs,)."""
+    """Every feasible pair, sorted by (prefill id, decode id). All arrays have shape (pairs,).
+
+    A pair whose prefill engine could first fetch a longer prefix from another engine stands in the table twice: after
+    all the rows that fetch nothing follow, in the same order, those that fetch. So the choice of a row says both.
+    """
 
     prefills: tuple[EngineLoad, ...]
     decodes: tuple[EngineLoad, ...]
@@ -49,7 +58,12 @@ class PairTable:
     """Index into `prefills`."""
     decode_row: NDArray[np.intp]
     """Index into `decodes`."""
+    fetch_row: NDArray[np.intp]
+    """Index into `prefills` of the engine from which the prefix is fetched; -1: nothing is fetched."""
     cached_tokens: NDArray[np.int64]
+    """Prompt tokens that need no computing: held by the prefill engine, or fetched."""
+    fetched_tokens: NDArray[np.int64]
+    """Of `cached_tokens`, those to be fetched."""
     wait_s: NDArray[np.float64]
     fetch_s: NDArray[np.float64]
     prefill_s: NDArray[np.float64]
@@ -61,6 +75,11 @@ class PairTable:
     def ttft_s(self) -> NDArray[np.float64]:
         """Predicted time to the first token of each pair, seconds, shape (pairs,)."""
         return self.wait_s + self.fetch_s + self.prefill_s + self.hand_off_s + self.join_s
+
+    @property
+    def held_tokens(self) -> NDArray[np.int64]:
+        """Prompt tokens that each pair's prefill engine holds itself, shape (pairs,)."""
+        return self.cached_tokens - self.fetched_tokens
 
     def __len__(self) -> int:
         return int(self.prefill_row.shape[0])
@@ -153,3 +172,60 @@ class Predictor(Protocol):
     """Settings of a predictor: how long will it take."""
 
     def start(self) -> Estimator: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What an admission rule answers to a request that it does not let in."""
+
+    reason: RejectReason
+    message: str
+    retry_after_s: float | None = None
+    """When the rule expects to let this very request in; None: it cannot tell, the scheduler's own guess stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """All that is known when an admission rule is asked about a request."""
+
+    request: Request
+    pairs: PairTable
+    costs: NDArray[np.float64]
+    """What the policy thinks of each pair, shape (pairs,): the lowest would be chosen."""
+    cluster: Cluster
+    """The ledger, to be read only."""
+    estimator: Estimator
+
+    @property
+    def chosen_row(self) -> int:
+        """The row of the pair that the policy prefers."""
+        return int(np.argmin(self.costs))
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillEnd:
+    """All that is known when a hand-off's prefill has ended and its decode would begin."""
+
+    request: Request
+    estimate: Estimate
+    cluster: Cluster
+    """The ledger, to be read only. It counts this request among those of the decode engine."""
+    estimator: Estimator
+
+
+class Gate(Protocol):
+    """A started admission rule."""
+
+    def arrive(self, arrival: Arrival, *, now: float) -> NDArray[np.bool_] | Refusal | None:
+        """None: any pair will do. Else the pairs that will, shape (pairs,), at least one of them; or a refusal."""
+        ...
+
+    def end_prefill(self, prefill: PrefillEnd, *, now: float) -> Refusal | None:
+        """A refusal of a request whose prefill is done already; None lets its decode begin."""
+        ...
+
+
+class Admission(Protocol):
+    """Settings of an admission rule: whom to refuse although a pair could serve him."""
+
+    def start(self) -> Gate: ...

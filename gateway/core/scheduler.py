@@ -10,9 +10,8 @@ from __future__ import annotations
 import random
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gateway.core.admission import AdmissionLimits, refuse_unservable
+from gateway.core.admission import AdmissionLimits, AdmitAll, refuse_unservable
 from gateway.core.cluster import Cluster, Reservation
 from gateway.core.estimate import estimate_at, estimate_pairs
 from gateway.core.events import (
@@ -27,24 +26,30 @@ from gateway.core.events import (
     Event,
     Finished,
     FirstToken,
+    KvFeed,
     Left,
     PrefillDone,
     Progress,
 )
-from gateway.core.index import PrefixIndex
 from gateway.core.interfaces import (
+    Admission,
+    Arrival,
     DecodeOutcome,
     EngineLoad,
     HandOffOutcome,
     PairTable,
     Policy,
     Predictor,
+    PrefillEnd,
     PrefillOutcome,
+    Refusal,
 )
 from gateway.core.pace import Pace
+from gateway.core.prefixes import Prefixes
 from gateway.core.types import (
     Decision,
     Dispatch,
+    Estimate,
     Health,
     Reject,
     RejectReason,
@@ -61,18 +66,32 @@ class Scheduler:
     """Chooses a prefill and a decode engine for each request, lets it wait, or refuses it at once."""
 
     def __init__(
-        self, *, policy: Policy, predictor: Predictor, limits: AdmissionLimits, rng: random.Random, max_blocks: int
+        self,
+        *,
+        policy: Policy,
+        predictor: Predictor,
+        limits: AdmissionLimits,
+        rng: random.Random,
+        max_blocks: int,
+        admission: Admission | None = None,
     ) -> None:
-        """Nothing known yet. `max_blocks` >= 1 bounds the prefix index (31 bytes each, taken at once)."""
+        """Nothing known yet. `max_blocks` >= 1 bounds the prefix index (31 bytes each, taken at once).
+
+        Without an admission rule nobody is refused whom an engine could serve at all.
+        """
         self.cluster = Cluster()
-        self.index = PrefixIndex(max_blocks=max_blocks)
+        self.prefixes = Prefixes(max_blocks=max_blocks, max_age_s=limits.observed_age_s)
         self.limits = limits
         self._chooser = policy.start(rng)
         self._estimator = predictor.start()
+        self._gate = (admission or AdmitAll()).start()
         self._waiting = WaitingQueue(limits.max_waiting)
         self._finishes = Pace()
         self._room_at: float | None = None
         """When room may have appeared for a waiting request; None: not since the last `wake`."""
+        self._stopped: list[Reject] = []
+        """Requests refused after their prefill, for `wake` to name."""
+        self._stopped_at = 0.0
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
@@ -95,10 +114,12 @@ class Scheduler:
     def wake(self, *, now: float) -> list[Decision]:
         """New decisions for requests that waited: refusals of those whose time is over, dispatches of those with room.
 
-        Requests that go on waiting are not named again.
+        Requests that go on waiting are not named again. A refusal may also name a request whose prefill just ended.
         """
         self._room_at = None
-        decisions: list[Decision] = [
+        decisions: list[Decision] = [*self._stopped]
+        self._stopped.clear()
+        decisions += [
             self._refuse(
                 request,
                 RejectReason.WAITED_TOO_LONG,
@@ -121,6 +142,8 @@ class Scheduler:
 
     def next_wakeup(self) -> float | None:
         """When `wake` has something to do; None when nobody waits. An instant in the past means now."""
+        if self._stopped:
+            return self._stopped_at
         if not self._waiting:
             return None
         end_at = self._waiting.next_end_at()
@@ -151,6 +174,12 @@ class Scheduler:
         if len(pairs) == 0:
             return None
         costs = self._chooser.costs(request, pairs, now=now)
+        arrival = Arrival(request, pairs, costs, self.cluster, self._estimator)
+        allowed = self._gate.arrive(arrival, now=now)
+        if isinstance(allowed, Refusal):
+            return self._refuse_by_rule(request, allowed, estimate_at(pairs, arrival.chosen_row))
+        if allowed is not None:
+            costs = np.where(allowed, costs, np.inf)
         best = np.argsort(costs, kind="stable")[: RUNNERS_UP + 1]
         dispatch = Dispatch(
             request_id=request.id,
@@ -159,6 +188,7 @@ class Scheduler:
             runners_up=tuple(estimate_at(pairs, int(row)) for row in best[1:]),
         )
         self.cluster.reserve(request, dispatch, now)
+        self.prefixes.dispatched(request, dispatch.estimate.prefill, dispatch.estimate.held_tokens, now=now)
         self._chooser.dispatched(request, dispatch, now=now)
         return dispatch
 
@@ -172,29 +202,21 @@ class Scheduler:
             and state.in_flight_count < self.limits.room(state.engine)
         ]
         fresh = [load for load in loads if load.engine.id not in request.avoid]
-        pairs = self._estimate(request, fresh)
+        pairs = self._estimate(request, fresh, now)
         if len(pairs) == 0 and len(fresh) < len(loads):
-            pairs = self._estimate(request, loads)
+            pairs = self._estimate(request, loads, now)
         return pairs
 
-    def _estimate(self, request: Request, loads: list[EngineLoad]) -> PairTable:
-        return estimate_pairs(request, loads, self._estimator, self._cached_tokens(request, loads))
-
-    def _cached_tokens(self, request: Request, loads: list[EngineLoad]) -> NDArray[np.int64]:
-        """Prompt tokens that each engine holds, shape (loads,). The last token is always computed: it gives the logits.
-
-        Source: vLLM, v1/core/kv_cache_manager.py: a full hit recomputes the last token.
-        """
-        if not request.block_hashes:
-            return np.zeros(len(loads), dtype=np.int64)
-        match = self.index.match(request.block_hashes)
-        row = {engine_id: number for number, engine_id in enumerate(match.engine_ids)}
-        tokens = match.cached_tokens[[row[load.engine.id] for load in loads]]
-        cached: NDArray[np.int64] = np.minimum(tokens, request.prompt_tokens - 1)
-        return cached
+    def _estimate(self, request: Request, loads: list[EngineLoad], now: float) -> PairTable:
+        cached_tokens = self.prefixes.cached_tokens(request, [load.engine for load in loads])
+        return estimate_pairs(request, loads, self._estimator, cached_tokens)
 
     def _refuse(self, request: Request, reason: RejectReason, message: str) -> Reject:
         return Reject(request.id, reason, message, retry_after_s=self._retry_after_s())
+
+    def _refuse_by_rule(self, request: Request, refusal: Refusal, best: Estimate) -> Reject:
+        retry_after_s = self._retry_after_s() if refusal.retry_after_s is None else refusal.retry_after_s
+        return Reject(request.id, refusal.reason, refusal.message, retry_after_s=retry_after_s, best=best)
 
     def _retry_after_s(self) -> float:
         """When a place is expected: those who wait go first, at the pace at which requests finish."""
@@ -210,20 +232,24 @@ class Scheduler:
         match event:
             case EngineFound(engine):
                 self.cluster.found(engine)
-                self.index.apply(event)
+                self.prefixes.found(engine)
                 self._room_at = now
             case EngineLost(engine_id):
                 self.cluster.lost(engine_id)
-                self.index.apply(event)
+                self.prefixes.lost(engine_id)
                 self._room_at = now
             case EngineHealth(engine_id, health, reason):
                 self.cluster.set_health(engine_id, health, reason)
+                if health is Health.DOWN:
+                    self.prefixes.restarted(engine_id)
                 self._room_at = now
             case EngineReport(engine_id, report):
                 self.cluster.reported(engine_id, report, now)
                 self._room_at = now
-            case PrefillDone(request_id):
+            case PrefillDone(request_id, _, cached_tokens):
+                self.prefixes.prefilled(request_id, cached_tokens, now=now)
                 self._prefill_done(request_id, now)
+                self._ask_before_decode(request_id, now)
             case FirstToken(request_id):
                 self._first_token(request_id, now)
             case Progress(request_id, output_tokens):
@@ -232,16 +258,31 @@ class Scheduler:
                 self._finished(event, now)
             case AttemptFailed(request_id) | Left(request_id):
                 self._waiting.remove(request_id)
+                self.prefixes.failed(request_id)
                 self.cluster.release(request_id, now)
                 self._room_at = now
             case BlocksStored() | BlocksRemoved() | BlocksCleared():
-                self.index.apply(event)
+                self.prefixes.announced(event)
+            case KvFeed(engine_id, state, rows):
+                self.prefixes.feed_changed(engine_id, state, rows)
 
     def _prefill_done(self, request_id: str, now: float) -> None:
         reservation = self.cluster.prefill_done(request_id, now)
         if reservation is not None:
             self._room_at = now
             self._learn_prefill(reservation, now)
+
+    def _ask_before_decode(self, request_id: str, now: float) -> None:
+        """Stops the request between its legs when the admission rule says so."""
+        reservation = self.cluster.reservations.get(request_id)
+        if reservation is None or not reservation.estimate.is_hand_off:
+            return
+        request, estimate = reservation.request, reservation.estimate
+        refusal = self._gate.end_prefill(PrefillEnd(request, estimate, self.cluster, self._estimator), now=now)
+        if refusal is not None:
+            self.cluster.release(request_id, now)
+            self._stopped.append(self._refuse_by_rule(request, refusal, estimate))
+            self._stopped_at = now
 
     def _first_token(self, request_id: str, now: float) -> None:
         self._prefill_done(request_id, now)
@@ -250,6 +291,7 @@ class Scheduler:
             self._learn_hand_off(reservation, now)
 
     def _finished(self, event: Finished, now: float) -> None:
+        self.prefixes.prefilled(event.request_id, event.cached_tokens, now=now)
         reservation = self.cluster.release(event.request_id, now)
         if reservation is None:
             return
@@ -275,16 +317,20 @@ class Scheduler:
             )
 
     def _learn_hand_off(self, reservation: Reservation, now: float) -> None:
-        prefill = self.cluster.engines.get(reservation.estimate.prefill)
-        decode = self.cluster.engines.get(reservation.estimate.decode)
+        estimate = reservation.estimate
+        prefill, decode = self.cluster.engines.get(estimate.prefill), self.cluster.engines.get(estimate.decode)
         if prefill is None or decode is None or reservation.prefill_done_at is None:
             return
+        # What is seen holds the join too. Both get their predicted share: taking the predicted join off instead would
+        # leave nothing, and nothing to learn, whenever the join was predicted too long.
+        predicted_s = estimate.hand_off_s + estimate.join_s
+        share = estimate.hand_off_s / predicted_s if predicted_s > 0 else 1.0
         self._estimator.observe_hand_off(
             HandOffOutcome(
                 prefill=prefill.engine,
                 decode=decode.engine,
                 prompt_tokens=reservation.request.prompt_tokens,
-                elapsed_s=max(0.0, now - reservation.prefill_done_at - reservation.estimate.join_s),
+                elapsed_s=share * (now - reservation.prefill_done_at),
             )
         )
 

@@ -48,9 +48,14 @@ class Engine:
     """Engines hand off only to engines of the same pool (same model, version and connector)."""
     can_serve_alone: bool = True
     """Whether a plain request works on it (a vLLM decode engine can prefill; an SGLang decode engine cannot)."""
+    can_share_prefixes: bool = False
+    """Whether, told by the gateway, it can pull the KV of a prefix from an engine of its pool, and give it to one."""
     max_in_flight: int | None = None
     """Requests at once; None: the admission limit of all engines."""
     models: tuple[str, ...] = ()
+    """Every name it serves, LoRA adapters included."""
+    lora_names: tuple[str, ...] = ()
+    """Of these, the LoRA adapters: their KV blocks are not those of the base model."""
     block_tokens: int | None = None
     kv_capacity_tokens: int | None = None
     max_model_tokens: int | None = None
@@ -121,11 +126,21 @@ class Estimate:
     join_s: float
     tbt_s: float
     cached_tokens: int = 0
+    """Prompt tokens that need no computing: held by the prefill engine, or fetched."""
+    fetch_from: str | None = None
+    """The engine from which the prefill engine first pulls the prefix it lacks; None: it pulls nothing."""
+    fetched_tokens: int = 0
+    """Of `cached_tokens`, those to be fetched."""
 
     @property
     def ttft_s(self) -> float:
         """Predicted time to the first token: the sum of the five stages."""
         return self.wait_s + self.fetch_s + self.prefill_s + self.hand_off_s + self.join_s
+
+    @property
+    def held_tokens(self) -> int:
+        """Prompt tokens that the prefill engine holds before any fetch."""
+        return self.cached_tokens - self.fetched_tokens
 
     @property
     def is_hand_off(self) -> bool:
@@ -149,6 +164,8 @@ class RejectReason(StrEnum):
     QUEUE_FULL = "queue_full"
     WAITED_TOO_LONG = "waited_too_long"
     TOO_MANY_ATTEMPTS = "too_many_attempts"
+    TTFT_SLO = "ttft_slo"
+    TBT_SLO = "tbt_slo"
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def test_recorded_models():
 
 def test_adapters_are_models_and_the_base_model_tells_the_limit():
     listed = parse_models(b'{"data":[{"id":"base","max_model_len":100},{"id":"lora","parent":"base"}]}')
-    assert listed == Facts(models=("base", "lora"), max_model_tokens=100)
+    assert listed == Facts(models=("base", "lora"), lora_names=("lora",), max_model_tokens=100)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"data":[{}]}', b'{"data":[{"id":""}]}', b'{"data":null}'])

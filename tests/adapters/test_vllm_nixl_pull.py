@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.base import Answered, Broken, Call, Cause, HeadEvent, Leg
-from adapters.vllm.nixl_pull import NixlPull, transfer_params
+from adapters.vllm.nixl_pull import NixlPull, transfer_of
 from gateway.core.errors import MalformedEngineData
 from gateway.core.types import Engine, Role
 from tests.adapters.transcripts import (
@@ -52,8 +52,8 @@ PLAIN_PREFILL = answered(Leg.PREFILL, 200, b'{"id":"x","kv_transfer_params":null
 @pytest.mark.parametrize(
     ("happenings", "transcript"),
     [
-        ([prefilled(), token()], "call p | note, call d | commit"),
-        ([prefilled(), answered(Leg.DECODE, 200, b"{}")], "call p | note, call d | answer 200"),
+        ([prefilled(), token()], "call p | prefilled, call d | commit"),
+        ([prefilled(), answered(Leg.DECODE, 200, b"{}")], "call p | prefilled, call d | answer 200"),
         ([broken(Leg.PREFILL, Cause.CONNECT)], "call p | retry p down"),
         ([broken(Leg.PREFILL, Cause.HEAD_TIMEOUT)], "call p | retry p"),
         ([broken(Leg.PREFILL, Cause.LOST)], "call p | retry p"),
@@ -63,16 +63,16 @@ PLAIN_PREFILL = answered(Leg.PREFILL, 200, b'{"id":"x","kv_transfer_params":null
         *(([answered(Leg.PREFILL, status)], "call p | retry p") for status in (302, 401, 403, 408, 429, 500, 503)),
         ([answered(Leg.PREFILL, 200, b"<html>")], "call p | retry p"),
         ([answered(Leg.PREFILL, 200, b'{"kv_transfer_params":7}')], "call p | retry p"),
-        ([PLAIN_PREFILL, token()], "call p | note, call d | commit"),
-        ([prefilled(), broken(Leg.DECODE, Cause.CONNECT)], "call p | note, call d | retry d down"),
-        ([prefilled(), broken(Leg.DECODE, Cause.LOST)], "call p | note, call d | retry d"),
-        ([prefilled(), answered(Leg.DECODE, 503)], "call p | note, call d | retry d"),
-        ([prefilled(), answered(Leg.DECODE, 500)], "call p | note, call d | retry d"),
-        ([prefilled(), answered(Leg.DECODE, 400)], "call p | note, call d | answer 400"),
-        ([prefilled(), answered(Leg.DECODE, 200, b"<html>")], "call p | note, call d | retry d"),
-        ([prefilled(), error_event(500)], "call p | note, call d | hangup, retry d"),
-        ([prefilled(), error_event(400)], "call p | note, call d | hangup, answer 400"),
-        ([prefilled(), HeadEvent(Leg.DECODE, b"[DONE]")], "call p | note, call d | hangup, retry d"),
+        ([PLAIN_PREFILL, token()], "call p | prefilled, call d | commit"),
+        ([prefilled(), broken(Leg.DECODE, Cause.CONNECT)], "call p | prefilled, call d | retry d down"),
+        ([prefilled(), broken(Leg.DECODE, Cause.LOST)], "call p | prefilled, call d | retry d"),
+        ([prefilled(), answered(Leg.DECODE, 503)], "call p | prefilled, call d | retry d"),
+        ([prefilled(), answered(Leg.DECODE, 500)], "call p | prefilled, call d | retry d"),
+        ([prefilled(), answered(Leg.DECODE, 400)], "call p | prefilled, call d | answer 400"),
+        ([prefilled(), answered(Leg.DECODE, 200, b"<html>")], "call p | prefilled, call d | retry d"),
+        ([prefilled(), error_event(500)], "call p | prefilled, call d | hangup, retry d"),
+        ([prefilled(), error_event(400)], "call p | prefilled, call d | hangup, answer 400"),
+        ([prefilled(), HeadEvent(Leg.DECODE, b"[DONE]")], "call p | prefilled, call d | hangup, retry d"),
     ],
 )
 def test_each_happening_has_its_ending(happenings, transcript):
@@ -164,42 +164,42 @@ def test_unsound_parameters_never_reach_a_decode_engine(changes):
 
 
 def test_a_flat_block_list_of_older_versions_is_sound():
-    assert play(prefilled(remote_block_ids=[1, 2])) == "call p | note, call d"
+    assert play(prefilled(remote_block_ids=[1, 2])) == "call p | prefilled, call d"
 
 
 def test_after_its_end_an_exchange_is_silent():
-    assert play(prefilled(), token(), broken(Leg.DECODE), token()) == "call p | note, call d | commit |  | "
+    assert play(prefilled(), token(), broken(Leg.DECODE), token()) == "call p | prefilled, call d | commit |  | "
     assert play(broken(Leg.PREFILL), prefilled()) == "call p | retry p | "
 
 
 def test_a_happening_on_the_leg_that_is_not_open_is_ignored():
-    assert play(token(), prefilled(), prefilled(), token()) == "call p |  | note, call d |  | commit"
+    assert play(token(), prefilled(), prefilled(), token()) == "call p |  | prefilled, call d |  | commit"
 
 
 def test_a_failed_kv_load_shows_only_after_the_role_chunk_and_is_still_retried():
     events = [event[6:] for event in (VLLM / "error_kv_load.sse").read_bytes().split(b"\n\n")]
     heads = [HeadEvent(Leg.DECODE, event) for event in events[:2]]
-    assert play(prefilled(), *heads) == "call p | note, call d |  | hangup, retry d"
+    assert play(prefilled(), *heads) == "call p | prefilled, call d |  | hangup, retry d"
 
 
 def test_a_recorded_stream_commits_with_its_first_output():
     events = [event[6:] for event in (VLLM / "decode_chat.sse").read_bytes().split(b"\n\n")]
     heads = [HeadEvent(Leg.DECODE, event) for event in events[:2]]
-    assert play(prefilled(), *heads) == "call p | note, call d |  | commit"
+    assert play(prefilled(), *heads) == "call p | prefilled, call d |  | commit"
 
 
 @pytest.mark.parametrize("name", ["prefill_chat", "prefill_completion", "prefill_chat_for_stream"])
 def test_recorded_prefill_answers_lead_to_the_decode_leg(name):
     answer = (VLLM / f"{name}.json").read_bytes()
-    assert play(Answered(Leg.PREFILL, 200, answer)) == "call p | note, call d"
-    assert transfer_params(answer) is not None
+    assert play(Answered(Leg.PREFILL, 200, answer)) == "call p | prefilled, call d"
+    assert transfer_of(answer) is not None
 
 
 @given(st.binary() | st.binary().map(lambda tail: b'{"kv_transfer_params":' + tail))
 def test_any_bytes_give_parameters_or_a_typed_error(raw):
     with suppress(MalformedEngineData):
-        params = transfer_params(raw)
-        assert params is None or bytes(params) in raw
+        transfer = transfer_of(raw)
+        assert transfer is None or bytes(transfer.params) in raw
 
 
 _HAPPENINGS = st.one_of(

@@ -6,7 +6,20 @@ from pathlib import Path
 
 import msgspec
 
-from adapters.base import Answer, Answered, Broken, Call, Cause, Command, Commit, Hangup, HeadEvent, Leg, Note, Retry
+from adapters.base import (
+    Answer,
+    Answered,
+    Broken,
+    Call,
+    Cause,
+    Command,
+    Commit,
+    Hangup,
+    HeadEvent,
+    Leg,
+    Prefilled,
+    Retry,
+)
 from adapters.openai import CHAT, parse
 from gateway.core.types import Engine, Role
 
@@ -69,5 +82,5 @@ def _said(command: Command) -> str:
             return f"retry {command.engine_id}" + (" down" if command.is_engine_down else "")
         case Answer():
             return f"answer {command.status}"
-        case Commit() | Hangup() | Note():
+        case Commit() | Hangup() | Prefilled():
             return type(command).__name__.lower()

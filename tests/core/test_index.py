@@ -78,7 +78,7 @@ def change(index, action, engine, blocks, tier):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(changes, max_size=40), st.lists(block_lists, min_size=1, max_size=4))
+@given(st.lists(changes, min_size=5, max_size=40), st.lists(block_lists, min_size=1, max_size=4))
 def test_the_index_agrees_with_a_dict_of_sets_under_any_interleaving(steps, prompts):
     index, model = index_of(), Model()
     for step in [("find", "a", [], Tier.DEVICE), ("find", "b", [], Tier.DEVICE), *steps]:

@@ -10,8 +10,10 @@ from gateway.core.events import (
     EngineFound,
     EngineHealth,
     EngineLost,
+    FeedState,
     Finished,
     FirstToken,
+    KvFeed,
     Left,
     PrefillDone,
 )
@@ -226,26 +228,23 @@ def hashes(count: int) -> BlockHashes:
     return hash_prompt(np.arange(16 * count), 16)
 
 
+def announce(scheduler: Scheduler, engine_id: str, blocks: BlockHashes) -> None:
+    scheduler.apply(KvFeed(engine_id, FeedState.LIVE, (engine_id,)), now=0.0)
+    scheduler.apply(BlocksStored(engine_id, 16, blocks), now=0.0)
+
+
 def test_a_request_goes_where_its_prefix_is() -> None:
     scheduler = a_scheduler(*a_mesh(2, 1, block_tokens=16))
-    scheduler.apply(BlocksStored("p2", 16, hashes(200)), now=0.0)
+    announce(scheduler, "p2", hashes(200))
     decision = scheduler.decide(a_request(prompt_tokens=4000, block_hashes={16: hashes(250)}), now=0.0)
     assert pair_of(decision) == ("p2", "d1")
     assert isinstance(decision, Dispatch)
     assert decision.estimate.cached_tokens == 3200
 
 
-def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
-    scheduler = a_scheduler(an_engine("e1", block_tokens=16))
-    scheduler.apply(BlocksStored("e1", 16, hashes(2)), now=0.0)
-    decision = scheduler.decide(a_request(prompt_tokens=32, block_hashes={16: hashes(2)}), now=0.0)
-    assert isinstance(decision, Dispatch)
-    assert decision.estimate.cached_tokens == 31
-
-
 def test_an_engine_that_left_and_came_back_has_nothing_cached() -> None:
     scheduler = a_scheduler(an_engine("e1", block_tokens=16))
-    scheduler.apply(BlocksStored("e1", 16, hashes(2)), now=0.0)
+    announce(scheduler, "e1", hashes(2))
     scheduler.apply(EngineLost("e1"), now=1.0)
     scheduler.apply(EngineFound(an_engine("e1", block_tokens=16)), now=2.0)
     scheduler.apply(EngineHealth("e1", Health.UP), now=2.0)
@@ -278,6 +277,20 @@ def test_prefills_that_take_longer_raise_the_prediction() -> None:
     assert after.estimate.prefill_s == pytest.approx(20.0, rel=0.1)
     assert after.estimate.prefill_s > before.estimate.prefill_s
     assert after.estimate.tbt_s > before.estimate.tbt_s
+
+
+def test_a_hand_off_shorter_than_the_join_was_predicted_is_learnt_all_the_same() -> None:
+    scheduler = a_scheduler(*a_pair())
+    for number in range(60):
+        now = 100.0 * number
+        scheduler.decide(a_request(f"r{number}"), now=now)
+        scheduler.apply(PrefillDone(f"r{number}"), now=now + 1.0)
+        scheduler.apply(FirstToken(f"r{number}"), now=now + 1.01)
+        scheduler.apply(Finished(f"r{number}", tbt_s=0.5), now=now + 30.0)
+    after = scheduler.decide(a_request("again"), now=7000.0)
+    assert isinstance(after, Dispatch)
+    assert after.estimate.join_s == pytest.approx(0.5, rel=0.1)
+    assert after.estimate.hand_off_s < 0.001
 
 
 def test_events_about_the_unknown_are_ignored() -> None:

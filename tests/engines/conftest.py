@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 REQUIRED_VARIABLE = "SLUICE_REQUIRE_ENGINES"
 PROMPTS = make_prompts(seed=3)
 """The forty prompts for whole pairs behind one address. One of this seed's answers ends with its very first token."""
-PAIR_PROMPTS = make_prompts(seed=4, lengths_tokens=(1, 128, 700, 5000))
+PAIR_PROMPTS = make_prompts(seed=7, lengths_tokens=(1, 128, 700, 5000))
 """Other prompts for engines addressed directly, so that neither set is in the other's prefix caches."""
 SPECS = [
     EngineSpec("p0", Role.PREFILL, publishes_kv_events=True),
@@ -103,14 +103,18 @@ async def fleet(started_fleet: VllmFleet) -> VllmFleet:
 
 
 @asynccontextmanager
-async def serving_gateway(fleet: VllmFleet, log_path: Path) -> AsyncIterator[str]:
-    """The base URL of a gateway in front of the fleet, ready to serve; it has to end cleanly when asked to."""
+async def serving_gateway(fleet: VllmFleet, log_path: Path, config_path: Path | None = None) -> AsyncIterator[str]:
+    """The base URL of a gateway in front of the fleet, ready to serve; it has to end cleanly when asked to.
+
+    Its engines are those of the configuration file where one is given, else the whole fleet by flags.
+    """
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "gateway", "serve", "--port", str(port)]
-    for url in fleet.urls(Role.PREFILL):
-        command += ["--prefill", url]
-    for url in fleet.urls(Role.DECODE):
-        command += ["--decode", url]
+    if config_path is not None:
+        command += ["--config", str(config_path)]
+    else:
+        command += [word for url in fleet.urls(Role.PREFILL) for word in ("--prefill", url)]
+        command += [word for url in fleet.urls(Role.DECODE) for word in ("--decode", url)]
     with log_path.open("ab") as log:
         process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, cwd=ROOT)
     try:

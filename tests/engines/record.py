@@ -13,6 +13,7 @@ import tempfile
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import aiohttp
 import zmq
@@ -118,10 +119,36 @@ BAD = [
 HAND_OFFS = [("chat", CHAT, CHAT_BODY), ("completion", COMPLETIONS, COMPLETION_BODY)]
 
 
+class Engine(Protocol):
+    """What is recorded: a real engine or an emulated one."""
+
+    @property
+    def url(self) -> str:
+        """Base URL of the HTTP server."""
+        ...
+
+    @property
+    def kv_events_port(self) -> int:
+        """Where KV events are published."""
+        ...
+
+    async def kill(self) -> None:
+        """End it abruptly."""
+        ...
+
+
+class Fleet(Protocol):
+    """Engines by name: p0 (prefill, publishes KV events) and d0 (decode, fails when KV cannot be loaded)."""
+
+    def __getitem__(self, name: str) -> Engine:
+        """The engine of that name."""
+        ...
+
+
 class Recorder:
     """Sends requests to the fleet and keeps the answers in a directory."""
 
-    def __init__(self, fleet: VllmFleet, session: aiohttp.ClientSession, directory: Path) -> None:
+    def __init__(self, fleet: Fleet, session: aiohttp.ClientSession, directory: Path) -> None:
         self._fleet = fleet
         self._session = session
         self._directory = directory
@@ -218,8 +245,8 @@ def trimmed_metrics(text: str) -> str:
     return "".join(kept)
 
 
-async def record_all(fleet: VllmFleet, directory: Path) -> None:
-    """Write every recording into the directory. The fleet has p0 (prefill, KV events) and d0 (decode, `fail`)."""
+async def record_all(fleet: Fleet, directory: Path, *, with_failed_load: bool = True) -> None:
+    """Write every recording into the directory. p0 is down afterwards, unless `with_failed_load` is False."""
     async with aiohttp.ClientSession() as session:
         recorder = Recorder(fleet, session, directory)
         for recorded in GOOD + BAD:
@@ -229,7 +256,8 @@ async def record_all(fleet: VllmFleet, directory: Path) -> None:
         await recorder.metrics("p0", "metrics_prefill.txt")
         await recorder.metrics("d0", "metrics_decode.txt")
         await recorder.kv_event("p0", "kv_event_frames.hex")
-        await recorder.failed_load()
+        if with_failed_load:
+            await recorder.failed_load()
         recorder.write_exchanges()
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TypeAlias
 
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
+
+OWN_LABELS = ("engine", "model_name")
+CACHE_SETTINGS_READ = ("block_size", "num_gpu_blocks", "engine")
 
 Shape: TypeAlias = "str | dict[str, Shape] | list[Shape]"
 
@@ -49,13 +54,20 @@ def stream_shape(body: bytes) -> list[Shape]:
 
 
 def metrics_shape(text: str) -> Shape:
-    """Of each metric family its type and its samples' label names, without those that say when it was created."""
-    families = {}
+    """Of each metric family its type and its samples' labels, without families that say when another was created."""
+    families: dict[str, Shape] = {}
     for family in text_string_to_metric_families(text):
         if not family.name.endswith("_created"):
-            labels = {sample.name: sorted(sample.labels) for sample in family.samples}
-            families[family.name] = {"type": family.type, **{name: ",".join(names) for name, names in labels.items()}}
+            samples = [" ".join([sample.name, *labels_shape(family.name, sample.labels)]) for sample in family.samples]
+            families[family.name] = {"type": family.type, **dict.fromkeys(samples, "sample")}
     return families
+
+
+def labels_shape(family: str, labels: dict[str, str]) -> list[str]:
+    """The labels as `name=value`, the engine's own as names alone; of its settings those that a router reads."""
+    if family == "vllm:cache_config_info":
+        return [name for name in sorted(labels) if name in CACHE_SETTINGS_READ]
+    return [name if name in OWN_LABELS else f"{name}={value}" for name, value in sorted(labels.items())]
 
 
 def body_shape(content_type: str, body: bytes) -> Shape:
@@ -67,3 +79,39 @@ def body_shape(content_type: str, body: bytes) -> Shape:
     if content_type.startswith("text/plain") and body.startswith(b"# HELP"):
         return metrics_shape(body.decode())
     return "text" if body else "empty"
+
+
+def frames_shape(hex_lines: str) -> Shape:
+    """The shape of a KV event batch recorded frame by frame: sizes of topic and number, then the decoded payload."""
+    topic, number, payload = (bytes.fromhex(line) for line in hex_lines.split("\n")[:3])
+    sent_at, events, rank = msgspec.msgpack.decode(payload)
+    shapes = [{**shape(event), "type": event["type"]} for event in events]
+    return {"topic": str(len(topic)), "number": str(len(number)), "batch": [shape(sent_at), shapes[0], shape(rank)]}
+
+
+def recording_differences(expected: Path, got: Path, file: str) -> list[str]:
+    """A line for each way in which what one directory recorded under that name differs from what the other did."""
+    if file.endswith(".hex"):
+        return differences(frames_shape((expected / file).read_text()), frames_shape((got / file).read_text()))
+    before, after = exchange(expected, file), exchange(got, file)
+    if before != after:
+        return [f"{after} instead of {before}"]
+    content_type = before["Content-Type"] or ""
+    shapes = [body_shape(content_type, (directory / file).read_bytes()) for directory in (expected, got)]
+    return differences(*shapes) + error_differences((expected / file).read_bytes(), (got / file).read_bytes())
+
+
+def exchange(directory: Path, file: str) -> dict[str, object]:
+    """Status, content type and framing of a recorded answer."""
+    recorded = json.loads((directory / "exchanges.json").read_text())[file]
+    headers = recorded["headers"]
+    names = ("Content-Type", "Transfer-Encoding")
+    return {"status": recorded["status"], **{name: headers.get(name) for name in names}}
+
+
+def error_differences(expected: bytes, got: bytes) -> list[str]:
+    """A line for each field of an OpenAI error that differs in value. Empty when the body is no error."""
+    if not expected.startswith(b'{"error"'):
+        return []
+    before, after = json.loads(expected)["error"], json.loads(got)["error"]
+    return [f"error.{key}: {after[key]!r} instead of {before[key]!r}" for key in before if after[key] != before[key]]

@@ -13,7 +13,16 @@ from typing import Any, Self
 import aiohttp
 
 from gateway.app import Gateway, running
-from gateway.config import Config, EngineSettings, IndexSettings, LogSettings, ServerSettings, WatchSettings, resolve
+from gateway.config import (
+    Config,
+    EngineSettings,
+    IndexSettings,
+    LogSettings,
+    ServerSettings,
+    TokenSettings,
+    WatchSettings,
+    resolve,
+)
 from gateway.core.types import Health, Role
 from gateway.toml import Secret
 from loadtest.answer import ClientResult
@@ -166,6 +175,7 @@ class Start:
             "watch": QUICK_WATCH,
             "index": IndexSettings(max_blocks=1000),
             "log": LogSettings(),
+            "tokens": TokenSettings(ask_engine=False),
         }
         gateway, stop = await self._gateway(resolve(Config(**(fields | settings))))
         client = await self.stack.enter_async_context(LoadClient(gateway.url))

@@ -103,6 +103,7 @@ async def serving(script: Script | None = None, *, model: str = MODEL) -> AsyncI
     """An engine on a free loopback port. Without a script it gives a whole chat answer."""
     models = json.dumps({"object": "list", "data": [{"id": model, "object": "model", "max_model_len": 4096}]})
     probes: dict[str, bytes | None] = {"/health": b"", "/metrics": METRICS, "/v1/models": models.encode()}
+    probes["/kv_event_sources"] = b"{}"
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         is_counted = False
@@ -115,7 +116,8 @@ async def serving(script: Script | None = None, *, model: str = MODEL) -> AsyncI
                 if received.path in engine.probes:
                     engine.probed[received.path] = received.headers
                     if engine.probes[received.path] is None:
-                        await asyncio.Event().wait()
+                        await reader.read()  # until the gateway hangs up
+                        return
                     writer.write(whole(engine.probes[received.path], content_type=b"text/plain"))
                     continue
                 engine.connections += not is_counted

@@ -79,7 +79,7 @@ async def metric(http: aiohttp.ClientSession, fake: FakeEngine, name: str, label
 
 async def eventually(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not holds():  # noqa: ASYNC110 - the engine under test has no event to wait for
+        while not holds():
             await asyncio.sleep(0.002)
 
 
@@ -238,10 +238,10 @@ async def test_metrics_say_what_a_router_needs(http: aiohttp.ClientSession, fake
         ({"min_tokens": 7}, 400, "BadRequestError", None),
         ({"n": 0}, 400, "BadRequestError", "n"),
         ({"logprobs": 1}, 400, "BadRequestError", None),
-        ({"prompt": None}, 400, "Bad Request", "prompt"),
+        ({"prompt": None}, 400, "BadRequestError", "prompt"),
         ({"prompt": [1, "a"]}, 400, "Bad Request", "prompt"),
         ({"max_tokens": "many"}, 400, "Bad Request", None),
-        ({"stream_options": {"include_usage": True}}, 400, "Bad Request", "stream_options"),
+        ({"stream_options": {"include_usage": True}}, 400, "BadRequestError", "stream_options"),
         ({"cache_salt": "a/b"}, 400, "Bad Request", None),
         ({"kv_transfer_params": {"do_remote_prefill": True, "remote_port": "x"}}, 400, "Bad Request", None),
     ],
@@ -256,15 +256,9 @@ async def test_a_bad_request_is_refused_in_vllms_words(
     assert error["param"] == param or param is None
 
 
-@pytest.mark.parametrize(
-    ("path", "status", "kind"),
-    [("/v1/embeddings", 404, "Not Found"), ("/version", 405, "Method Not Allowed"), ("/v1/messages", 501, None)],
-)
-async def test_routes_without_a_model_behind_them_say_so(
-    http: aiohttp.ClientSession, fake: FakeEngine, path: str, status: int, kind: str | None
-) -> None:
-    got, answer = await post(http, fake, {}, path)
-    assert (got, answer["error"]["type"]) == (status, kind or "NotImplementedError")
+async def test_routes_of_vllm_without_a_model_behind_them_say_so(http: aiohttp.ClientSession, fake: FakeEngine) -> None:
+    status, answer = await post(http, fake, {}, "/v1/messages")
+    assert (status, answer["error"]["type"]) == (501, "NotImplementedError")
 
 
 async def test_only_json_is_read(http: aiohttp.ClientSession, fake: FakeEngine) -> None:

@@ -1,0 +1,144 @@
+"""Keeps a subscription to the KV events of every engine that publishes them, and tells the core how each one stands.
+
+Where an engine publishes is configured, or asked of the engine itself. It is asked again until it tells, and whenever
+the engine came back, for its ports may be others then. An engine that says it publishes nothing is observed instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from urllib.parse import urlsplit
+
+import aiohttp
+import structlog
+
+from adapters.base import Adapter
+from adapters.kv_events import KvEventSource
+from adapters.kv_translate import BlockEvent
+from gateway.control_http import bearer, read_bounded
+from gateway.core.errors import MalformedEngineData
+from gateway.core.events import FeedState, KvFeed
+from gateway.core.types import Engine, Health
+from gateway.driver import Driver
+from gateway.kv_events import KvEventLimits, KvEventSubscriber, SourceState, holder_id
+
+LOOK_EVERY_S = 0.2
+"""How soon an engine that came up is asked."""
+ASK_EVERY_S = 5.0
+TIMEOUT_S = 2.0
+MAX_ANSWER_BYTES = 2**20
+SEVERITY = (FeedState.LOST, FeedState.CONNECTING, FeedState.REPAIRING, FeedState.LIVE)
+"""Worst first: an engine of several ranks is as well known as its worst."""
+
+log = structlog.get_logger("sluice.kv_events")
+
+
+class KvFeeds:
+    """Follows the KV events of all engines until cancelled."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        adapters: Mapping[str, Adapter],
+        *,
+        api_key: Callable[[str], str | None],
+        configured: Callable[[str], Sequence[KvEventSource]],
+        limits: KvEventLimits,
+    ) -> None:
+        self._driver = driver
+        self._adapters = adapters
+        self._api_key = api_key
+        self._configured = configured
+        self._limits = limits
+        self._feeds: dict[str, tuple[tuple[KvEventSource, ...], asyncio.Task[None]]] = {}
+        self._states: dict[str, dict[str, FeedState]] = {}
+        self._ask_at: dict[str, float] = {}
+
+    async def run(self) -> None:
+        """Looks at the engines again and again: subscribes to new ones, drops those that left or moved."""
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        connector = aiohttp.TCPConnector(force_close=True)
+        async with (
+            aiohttp.ClientSession(timeout=timeout, connector=connector) as session,
+            asyncio.TaskGroup() as group,
+        ):
+            while True:
+                self._drop_lost()
+                due = self._due(asyncio.get_running_loop().time())
+                found = await asyncio.gather(*(self._sources(engine, session) for engine in due))
+                for engine, sources in zip(due, found, strict=True):
+                    if sources is not None:
+                        self._follow(engine.id, sources, group)
+                await asyncio.sleep(LOOK_EVERY_S)
+
+    def _due(self, now: float) -> list[Engine]:
+        """The engines that are up and have to be asked: new ones, those that came back, and all now and then."""
+        states = self._driver.scheduler.cluster.engines
+        for engine_id in [name for name in self._ask_at if name not in states or states[name].health is not Health.UP]:
+            del self._ask_at[engine_id]
+        due = [
+            state.engine
+            for state in states.values()
+            if state.health is Health.UP and self._ask_at.get(state.engine.id, now) <= now
+        ]
+        self._ask_at.update((engine.id, now + ASK_EVERY_S) for engine in due)
+        return due
+
+    async def _sources(self, engine: Engine, session: aiohttp.ClientSession) -> tuple[KvEventSource, ...] | None:
+        """Where the engine publishes; None when it did not tell this time."""
+        if configured := self._configured(engine.id):
+            return tuple(configured)
+        adapter = self._adapters[engine.adapter]
+        url = engine.url + adapter.kv_sources_path
+        try:
+            async with session.get(url, headers=bearer(self._api_key(engine.id)), allow_redirects=False) as response:
+                if response.status != 200:
+                    return () if response.status == 404 else None
+                body = await read_bounded(response, MAX_ANSWER_BYTES)
+            return adapter.parse_kv_sources(body, engine_id=engine.id, host=urlsplit(engine.url).hostname or "")
+        except (aiohttp.ClientError, TimeoutError, OSError, MalformedEngineData):
+            return None
+
+    def _follow(self, engine_id: str, sources: tuple[KvEventSource, ...], group: asyncio.TaskGroup) -> None:
+        present = self._feeds.get(engine_id)
+        if present is not None and present[0] == sources:
+            return
+        if present is not None:
+            present[1].cancel()
+        rows = tuple(holder_id(source) for source in sources)
+        self._states[engine_id] = dict.fromkeys(rows, FeedState.CONNECTING)
+        task = group.create_task(self._subscribe(engine_id, sources))
+        self._feeds[engine_id] = sources, task
+        self._tell(engine_id)
+        if sources:
+            log.info("kv_events_followed", engine=engine_id, endpoints=[source.endpoint for source in sources])
+
+    async def _subscribe(self, engine_id: str, sources: Sequence[KvEventSource]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for source in sources:
+                subscriber = KvEventSubscriber(source, self._on_events, self._on_state(engine_id, source), self._limits)
+                group.create_task(subscriber.run())
+
+    def _on_events(self, events: Sequence[BlockEvent]) -> None:
+        for event in events:
+            self._driver.apply(event)
+
+    def _on_state(self, engine_id: str, source: KvEventSource) -> Callable[[SourceState], None]:
+        def changed(state: SourceState) -> None:
+            self._states[engine_id][holder_id(source)] = FeedState(state)
+            self._tell(engine_id)
+
+        return changed
+
+    def _tell(self, engine_id: str) -> None:
+        states = self._states[engine_id]
+        worst = next((state for state in SEVERITY if state in states.values()), FeedState.NONE)
+        self._driver.apply(KvFeed(engine_id, worst, tuple(states)))
+        log.log(30 if worst is FeedState.LOST else 20, "kv_events_state", engine=engine_id, state=worst)
+
+    def _drop_lost(self) -> None:
+        known = self._driver.scheduler.cluster.engines
+        for engine_id in [name for name in self._feeds if name not in known]:
+            self._feeds.pop(engine_id)[1].cancel()
+            del self._states[engine_id]
