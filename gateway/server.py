@@ -104,6 +104,7 @@ class Server(web.Server):
             task.cancel()
         if self._running:
             await asyncio.wait(self._running)
+        self.pre_shutdown()  # again: a connection that came in meanwhile is idle, and would be waited for
         left_s = 0.0 if timeout is None else timeout - (self._loop.time() - began_at)
         await super().shutdown(max(LINGER_S, left_s))  # for answers that are written but not yet sent
 

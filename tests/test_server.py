@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,10 +15,10 @@ from tests.polling import until
 
 
 @asynccontextmanager
-async def serving(handle, **settings: float) -> AsyncIterator[tuple[Server, web.ServerRunner, int]]:
+async def serving(handle, *, grace_s: float = 0.1, **settings: float) -> AsyncIterator[tuple[Server, web.ServerRunner, int]]:
     fields = {"max_connections": 10, "max_header_bytes": 2048, "keepalive_s": 5.0}
     server = Server(handle, **(fields | settings))
-    runner = web.ServerRunner(server, shutdown_timeout=0.1)
+    runner = web.ServerRunner(server, shutdown_timeout=grace_s)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
@@ -121,3 +122,23 @@ async def test_a_shutdown_waits_for_running_handlers_no_longer_than_its_grace(ta
             await runner.cleanup()
         assert ended == ["served" if takes_s < 1 else "cancelled"]
         assert (await client.read_all()).endswith(b"ok" if takes_s < 1 else b"")
+
+
+async def test_a_connection_that_came_in_at_the_last_moment_does_not_hold_the_shutdown_up():
+    is_there, is_told = asyncio.Event(), asyncio.Event()
+
+    async def wait(request):
+        is_there.set()
+        await is_told.wait()
+        return web.Response(text="ok")
+
+    async with serving(wait, grace_s=20.0) as (server, runner, port), await connect(port) as client:
+        client.send(GET)
+        await is_there.wait()
+        stopping = asyncio.create_task(runner.cleanup())
+        await asyncio.sleep(0.02)
+        ours, theirs = socket.socketpair()
+        await asyncio.get_running_loop().connect_accepted_socket(server, ours)
+        is_told.set()
+        await asyncio.wait_for(stopping, 5)
+        theirs.close()
