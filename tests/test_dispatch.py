@@ -18,8 +18,8 @@ from adapters.base import (
     Happening,
     HeadEvent,
     Leg,
-    Note,
     Payload,
+    Prefilled,
     Retry,
 )
 from adapters.openai import CHAT
@@ -133,7 +133,7 @@ async def test_an_answer_comes_back_whole_with_what_it_counted(bench):
 
 
 async def test_legs_follow_one_another_and_the_end_of_the_prefill_is_told(bench):
-    script = Script([[bench.call("e1", Leg.PREFILL)], [Note(), bench.call("e2")], DONE])
+    script = Script([[bench.call("e1", Leg.PREFILL)], [Prefilled(), bench.call("e2")], DONE])
     ending = await bench.serve(script)
     assert isinstance(ending, Whole)
     assert [(type(happening), happening.leg) for happening in script.happened] == [
