@@ -26,10 +26,11 @@ from gateway.core.errors import ConfigError
 from gateway.core.interfaces import Predictor
 from gateway.core.scheduler import Scheduler
 from gateway.discovery import Directory
-from gateway.dispatch import Dispatcher, Engines
+from gateway.dispatch import Dispatcher
 from gateway.driver import Driver
 from gateway.engine_call import CallLimits
 from gateway.engine_tokenizers import EngineTokenizers
+from gateway.engines import Engines
 from gateway.gather import Gather
 from gateway.handlers import HandlerLimits, Handlers
 from gateway.journal import FileJournal, Journal

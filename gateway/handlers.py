@@ -180,6 +180,7 @@ class Handlers:
             response.headers["cache-control"] = "no-cache"
             response.headers["x-accel-buffering"] = "no"
             streamed.append(response)
+            exchanged.dispatch = dispatch
             relay = StreamRelay(
                 request,
                 call,

@@ -97,13 +97,15 @@ class Server(web.Server):
     async def shutdown(self, timeout: float | None = None) -> None:
         """Returns when no request runs: those that take longer than `timeout` seconds are cancelled. aiohttp's own way
         would wait twice as long and leave cancelled handlers behind."""
+        began_at = self._loop.time()
         if self._running:
             await asyncio.wait(self._running, timeout=timeout)
         for task in self._running:
             task.cancel()
         if self._running:
             await asyncio.wait(self._running)
-        await super().shutdown(LINGER_S)
+        left_s = 0.0 if timeout is None else timeout - (self._loop.time() - began_at)
+        await super().shutdown(max(LINGER_S, left_s))  # for answers that are written but not yet sent
 
     def __call__(self) -> web.RequestHandler:
         return Connection(self, loop=asyncio.get_running_loop(), **self._settings)

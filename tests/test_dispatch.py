@@ -25,9 +25,10 @@ from adapters.base import (
 from adapters.openai import CHAT
 from gateway.core.events import EngineFound, EngineHealth, EngineLost
 from gateway.core.types import Engine, Health, Role
-from gateway.dispatch import Dispatcher, Engines, Refused, Streamed, StreamEnd, Whole
+from gateway.dispatch import Dispatcher, Refused, Streamed, StreamEnd, Whole
 from gateway.driver import Driver
 from gateway.engine_call import CallLimits
+from gateway.engines import Engines
 from gateway.journal import Journal
 from tests.builders import a_request, a_scheduler, an_engine
 from tests.integration.scripted_engine import CHUNKED, ScriptedEngine, chunk, says, serving, silence, token, whole
@@ -234,30 +235,3 @@ async def test_an_engine_that_left_between_decision_and_turn_is_a_failed_attempt
     await asyncio.sleep(0)
     bench.driver.apply(EngineLost("e0"))
     assert isinstance(await ending, Whole)
-
-
-# ---- heads and pools -------------------------------------------------------------------------------------------------
-
-
-async def test_a_request_head_has_the_length_and_the_clients_headers(bench):
-    call = bench.call("e1", headers=(("Authorization", "Bearer client"), ("X-A", "é\u20ac")))
-    head = bench.engines.request_head(call)
-    assert head.startswith(b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:")
-    assert b"\r\ncontent-length: 2\r\n" in head
-    assert b"\r\nAuthorization: Bearer client\r\n" in head
-    assert head.endswith(b"\r\nX-A: \xe9?\r\n\r\n")
-
-
-async def test_an_engines_own_key_takes_the_place_of_the_clients(bench):
-    bench.keys["e1"] = "engine"
-    head = bench.engines.request_head(bench.call("e1", headers=(("Authorization", "Bearer client"),)))
-    assert b"authorization: Bearer engine\r\n" in head
-    assert b"client" not in head
-
-
-async def test_an_engine_that_moved_gets_new_connections(bench):
-    await bench.serve(Script([[bench.call("e1")], DONE]))
-    assert bench.engines.open_count == 1
-    moved = an_engine("e1", Role.BOTH, url=bench.right.url)
-    assert bench.engines.pool(moved).address.port == int(bench.right.url.rpartition(":")[2])
-    await until(lambda: bench.left.closed == 1)

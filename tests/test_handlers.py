@@ -1,30 +1,28 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
 
 from adapters.base import Retry
 from gateway.core.types import Reject, RejectReason
-from gateway.dispatch import Dispatcher, Engines
+from gateway.dispatch import Dispatcher
 from gateway.driver import Decided, Driver
 from gateway.engine_call import CallLimits
+from gateway.engines import Engines
 from gateway.gather import Gather
 from gateway.handlers import REFUSAL_STATUS, Exchanged, HandlerLimits, Handlers, explain
 from gateway.journal import Journal
-from gateway.tokens import PromptTokens
+from gateway.tokens import PromptTokens, TokenLimits
 from tests.builders import a_dispatch, a_scheduler
 
 
 @pytest.fixture
-async def handlers() -> AsyncIterator[Handlers]:
+async def handlers() -> Handlers:
     driver = Driver(a_scheduler(), Journal())
     engines = Engines(keepalive_s=1.0, max_idle=1, api_key=lambda _: None)
     dispatcher = Dispatcher(driver, {}, engines, CallLimits(1.0, 1.0, 1.0, 1000))
+    gather = Gather(driver, PromptTokens({}, TokenLimits()), None)
     limits = HandlerLimits(max_body_bytes=1000, body_timeout_s=1.0, write_timeout_s=1.0, idle_timeout_s=1.0)
-    gather = Gather(driver, PromptTokens({}), None)
-    yield Handlers(driver, dispatcher, gather, limits, started_at=0.0)
-    await gather.close()
+    return Handlers(driver, dispatcher, gather, limits, started_at=0.0)
 
 
 def an_exchange() -> Exchanged:
@@ -43,10 +41,10 @@ def test_the_explain_headers_name_the_pair_and_what_was_predicted():
         "x-request-id": "client-id",
         "x-sluice-prefill": "p7",
         "x-sluice-decode": "d9",
-        "x-sluice-cached-tokens": "0",
         "x-sluice-decision-us": "12",
         "x-sluice-attempts": "1",
         "x-sluice-predicted-ttft-ms": "250.0",
+        "x-sluice-cached-tokens": "0",
     }
 
 

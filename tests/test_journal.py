@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import structlog
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.core.errors import ConfigError
@@ -119,6 +119,7 @@ def test_an_event_comes_back_as_it_was(event, tmp_path):
     assert isinstance(getattr(ear.heard[0][1], "hashes", HASHES), np.ndarray)
 
 
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**32))
 def test_a_run_fed_back_gives_the_same_decisions(seed, tmp_path_factory):
     path = tmp_path_factory.mktemp("journal") / "j"

@@ -16,16 +16,16 @@ Heard = list[bytes | GatewayError]
 
 
 @pytest.fixture
-async def serve() -> AsyncIterator[Callable[[], Awaitable[tuple[str, Heard]]]]:
+async def serve() -> AsyncIterator[Callable[..., Awaitable[tuple[str, Heard]]]]:
     """A server that reads bodies and writes down what it got: `url, heard = await serve()`."""
     runners: list[web.ServerRunner] = []
 
-    async def start() -> tuple[str, Heard]:
+    async def start(timeout_s: float = 5.0) -> tuple[str, Heard]:
         heard: Heard = []
 
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
             try:
-                heard.append(await read_body(request, LIMIT_BYTES, 0.1))
+                heard.append(await read_body(request, LIMIT_BYTES, timeout_s))
             except GatewayError as error:
                 heard.append(error)
             return web.Response(text="read")
@@ -80,7 +80,7 @@ async def test_a_body_of_unknown_size_is_refused_at_the_limit(serve):
 
 
 async def test_a_stalled_body_is_a_time_out(serve):
-    url, heard = await serve()
+    url, heard = await serve(0.1)
     await send(url, b"content-length: 3\r\n", b"x")
     assert isinstance(heard[0], RequestTimeout)
     assert "0.1 s" in heard[0].message

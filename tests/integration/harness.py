@@ -33,6 +33,8 @@ from tests.polling import DEADLINE_S, until
 
 SPEED = 20.0
 """Engine seconds per second: a decode step takes about a quarter of a millisecond."""
+PATIENT = {"lease_s": 30 * SPEED, "lease_extension_s": 20 * SPEED}
+"""Leases that last as long as a real engine's on the wall clock: a machine that stalls for a second loses none."""
 MODEL = "emulated"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 QUICK_WATCH = WatchSettings(
@@ -160,7 +162,7 @@ class Start:
         for letter in roles:
             name = f"{letter}{sum(known.startswith(letter) for known in fakes)}"
             role = {"p": Role.PREFILL, "d": Role.DECODE, "b": Role.BOTH}[letter]
-            own = FakeEngineSettings(role=role, **(engine or {}))
+            own = FakeEngineSettings(role=role, **(PATIENT | (engine or {})))
             fakes[name] = await cluster.start(FakeSettings(engine=own, **(fake or {})))
         key = Secret(api_key) if api_key else None
         found = [
