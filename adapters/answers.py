@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta, Struct
@@ -98,13 +98,19 @@ class _ErrorBody(Struct):
     class Error(Struct):
         message: str
 
-    error: Error
+    error: Error | None = None
+    detail: Any = None
+    """Where the web framework under an engine puts its own refusals."""
 
 
 def client_error_body(status: int, body: bytes) -> bytes:
     """An engine's own error body as it is when it has OpenAI's shape, else a plain one in its place."""
     try:
-        msgspec.json.decode(body, type=_ErrorBody)
+        told = msgspec.json.decode(body, type=_ErrorBody)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return error_body(f"The engine refused the request with status {status}.", "invalid_request_error", code=status)
-    return body
+        told = _ErrorBody()
+    if told.error is not None:
+        return body
+    said = f": {told.detail}" if isinstance(told.detail, str) else ""
+    message = f"The engine refused the request with status {status}{said}."
+    return error_body(message, "invalid_request_error", code=status)

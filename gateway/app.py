@@ -26,10 +26,11 @@ from gateway.core.errors import ConfigError
 from gateway.core.interfaces import Predictor
 from gateway.core.scheduler import Scheduler
 from gateway.discovery import Directory
-from gateway.dispatch import Dispatcher, Engines
+from gateway.dispatch import Dispatcher
 from gateway.driver import Driver
 from gateway.engine_call import CallLimits
 from gateway.engine_tokenizers import EngineTokenizers
+from gateway.engines import Engines
 from gateway.gather import Gather
 from gateway.handlers import HandlerLimits, Handlers
 from gateway.journal import FileJournal, Journal
@@ -194,7 +195,8 @@ async def listen(runner: web.ServerRunner, config: Config) -> str:
     try:
         await site.start()
     except OSError as error:
-        reason = error.strerror or str(error)
+        number = error.errno or 0  # below 0: the resolver's; above, asyncio's own text repeats the address
+        reason = os.strerror(number) if number > 0 else error.strerror or str(error)
         raise ConfigError(f"server.port: cannot listen on {server.host}:{server.port}: {reason}") from None
     host, port = runner.addresses[0][:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from gateway.core.errors import BadRequest, BodyTooLarge, RequestTimeout
 
@@ -19,7 +19,8 @@ async def read_body(request: web.BaseRequest, limit_bytes: int, timeout_s: float
     announced_bytes = request.content_length
     if announced_bytes is not None and announced_bytes > limit_bytes:
         raise BodyTooLarge(f"The request body has {announced_bytes} bytes; at most {limit_bytes} are taken.")
-    if request.headers.get("expect", "").lower() == "100-continue" and request.transport is not None:
+    is_asked = request.version >= HttpVersion11 and request.headers.get("expect", "").lower() == "100-continue"
+    if is_asked and request.transport is not None:
         request.transport.write(CONTINUE)
     pieces: list[bytes] = []
     size = 0

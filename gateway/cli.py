@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("simulate policies x speeds x seeds in parallel and report", "loadtest.compare_cli:main"),
     "papers": ("set published tables and figures beside what comes out here", "loadtest.papers:main"),
     "replay": ("send a trace or a generated workload to a gateway and report", "loadtest.replay:main"),
+    "fit": ("a profile from measurements, of a file or of a live engine", "loadtest.fit:main"),
     "bench": ("measure a part of Sluice on this machine", "loadtest.bench:main"),
     "check-config": ("print every setting as a configuration file resolves it", "gateway.cli:check_config"),
     "version": ("print the version", "gateway.cli:version"),

@@ -16,7 +16,7 @@ from secrets import token_hex
 
 import msgspec
 import structlog
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 
 from adapters.answers import error_body, models_body, refusal
 from adapters.base import Retry
@@ -141,7 +141,7 @@ class Handlers:
             response = await self._route(request)(request, exchanged)
         except GatewayError as error:
             exchanged.outcome = error.kind
-            response = self._error(error.status, refusal(error), exchanged.headers())
+            response = self._failed(request, error.status, refusal(error), exchanged)
             if error.closes_connection:
                 response.force_close()
         except (asyncio.CancelledError, ConnectionError):
@@ -150,7 +150,7 @@ class Handlers:
         except Exception:
             log.exception("unexpected failure", request_id=request_id)
             body = error_body("The gateway failed to serve this request.", "internal_error", code=500)
-            response = self._error(500, body, exchanged.headers())
+            response = self._failed(request, 500, body, exchanged)
         finally:
             self._log(request, exchanged, response)
         return response
@@ -179,9 +179,8 @@ class Handlers:
             response.content_type = "text/event-stream"
             response.headers["cache-control"] = "no-cache"
             response.headers["x-accel-buffering"] = "no"
-            if request.version >= HttpVersion11:
-                response.enable_chunked_encoding()
             streamed.append(response)
+            exchanged.dispatch = dispatch
             relay = StreamRelay(
                 request,
                 call,
@@ -197,7 +196,7 @@ class Handlers:
         match ending:
             case Refused(decided, reject, failure):
                 exchanged.outcome = reject.reason
-                return self._refused(reject, failure, exchanged)
+                return self.refused(reject, failure, exchanged)
             case Whole(decided, dispatch, answer):
                 exchanged.outcome, exchanged.dispatch = "served", dispatch
                 headers = explain(exchanged, decided, dispatch) | {"content-type": answer.content_type}
@@ -211,12 +210,12 @@ class Handlers:
         told = None
         if isinstance(ending, Streamed):
             told = ending.end.prompt_tokens
-        elif isinstance(ending, Whole) and ending.usage is not None:
+        elif isinstance(ending, Whole):
             told = ending.usage.prompt_tokens
         if told is not None:
             self._gather.learn(gathered, told)
 
-    def _refused(self, reject: Reject, failure: Retry | None, exchanged: Exchanged) -> web.Response:
+    def refused(self, reject: Reject, failure: Retry | None, exchanged: Exchanged) -> web.Response:
         """A refusal of the core as an answer. After a failed attempt the failure is what the client should hear of."""
         status = REFUSAL_STATUS[reject.reason]
         headers = exchanged.headers() | {"x-sluice-reason": reject.reason}
@@ -278,6 +277,15 @@ class Handlers:
     def _json(self, status: int, body: bytes, exchanged: Exchanged) -> web.Response:
         exchanged.outcome = "served"
         return web.Response(status=status, body=body, content_type="application/json", headers=exchanged.headers())
+
+    def _failed(self, request: web.BaseRequest, status: int, body: bytes, exchanged: Exchanged) -> web.Response:
+        """An error answer. Where another answer is under way already, the connection ends instead: a client must be
+        able to tell a broken answer from a whole one."""
+        if request.writer.output_size == 0:
+            return self._error(status, body, exchanged.headers())
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionError("the answer broke")
 
     def _error(self, status: int, body: bytes, headers: Mapping[str, str]) -> web.Response:
         return web.Response(status=status, body=body, content_type="application/json", headers=headers)

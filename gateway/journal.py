@@ -1,7 +1,8 @@
 """One JSON line per event and decision: the program's memory, the bug report, and the input of replay.
 
 Lines are `{"at": seconds, "do": "apply" | "decide" | "wake", ...}` with values under their type's name, in the order in
-which the scheduler saw them. Feeding them back to a scheduler of the same settings gives the same decisions.
+which the scheduler saw them; a line `{"do": "start"}` begins each run. `replay` feeds a run back to a scheduler of the
+same settings, which then makes the same decisions.
 """
 
 from __future__ import annotations
@@ -9,15 +10,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import msgspec
 import numpy as np
+import structlog
 
+from gateway.core.errors import ConfigError
 from gateway.core.events import Event
+from gateway.core.scheduler import Scheduler
 from gateway.core.types import Decision, Request
 
 FLUSH_BYTES = 65_536
+START = {"do": "start"}
+
+log = structlog.get_logger("sluice.journal")
 
 
 class Journal:
@@ -51,15 +58,19 @@ def plain(value: object) -> object:
 
 
 class FileJournal(Journal):
-    """Writes to a file; when it would pass `max_bytes` the file is kept as `.1` and begun anew."""
+    """Writes to a file, and keeps one older one as `.1`: a journal that is full begins anew. Both take at most
+    `max_bytes`, but for a single line over half of that. A disk that fails ends the journal, not the gateway."""
 
     def __init__(self, path: Path, *, max_bytes: int) -> None:
+        """Raises OSError when the file cannot be opened."""
         self._path = path
-        self._max_bytes = max_bytes
+        self._max_file_bytes = max_bytes // 2
+        self._flush_bytes = min(FLUSH_BYTES, self._max_file_bytes)
         self._encoder = msgspec.json.Encoder()
-        self._file: BinaryIO = path.open("ab")
+        self._file: BinaryIO | None = path.open("ab")
         self._held: list[bytes] = []
         self._held_bytes = 0
+        self._line(START)
 
     def event(self, event: Event, now: float) -> None:
         self._line({"at": now, "do": "apply", "event": plain(event)})
@@ -72,21 +83,104 @@ class FileJournal(Journal):
 
     def close(self) -> None:
         self._flush()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
-    def _line(self, line: dict[str, object]) -> None:
+    def _line(self, line: dict[str, Any]) -> None:
+        if self._file is None:
+            return
         encoded = self._encoder.encode(line) + b"\n"
+        if self._held_bytes + len(encoded) > self._flush_bytes:
+            self._flush()
         self._held.append(encoded)
         self._held_bytes += len(encoded)
-        if self._held_bytes >= FLUSH_BYTES:
-            self._flush()
 
     def _flush(self) -> None:
-        if self._file.tell() + self._held_bytes > self._max_bytes and self._file.tell() > 0:
-            self._file.close()
-            self._path.replace(self._path.with_name(self._path.name + ".1"))
-            self._file = self._path.open("ab")
-        self._file.writelines(self._held)
-        self._file.flush()
+        if self._file is None:
+            return
+        try:
+            self._file = self._with_room(self._file)
+            self._file.writelines(self._held)
+            self._file.flush()
+        except OSError as error:
+            log.error("the journal ends here", path=str(self._path), reason=error.strerror)
+            self._file = None
         self._held.clear()
         self._held_bytes = 0
+
+    def _with_room(self, file: BinaryIO) -> BinaryIO:
+        if file.tell() == 0 or file.tell() + self._held_bytes <= self._max_file_bytes:
+            return file
+        file.close()
+        self._path.replace(self._path.with_name(self._path.name + ".1"))
+        return self._path.open("ab")
+
+
+# ---- back again ------------------------------------------------------------------------------------------------------
+
+_EVENTS = {kind.__name__: kind for kind in get_args(Event)}
+_DECISIONS = {kind.__name__: kind for kind in get_args(Decision)}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A line whose decision came out differently."""
+
+    line_number: int
+    """Counted from 1."""
+    recorded: object
+    replayed: object
+
+
+def replay(lines: Iterable[bytes], scheduler: Scheduler) -> list[Mismatch]:
+    """Feeds the last run in a journal to a fresh scheduler; where it decides otherwise than was recorded, in order.
+
+    Raises ConfigError when a line is not one of a journal, or the run's beginning is missing.
+    """
+    numbered = [(number, _decoded(number, line)) for number, line in enumerate(lines, 1)]
+    starts = [index for index, (_, line) in enumerate(numbered) if line["do"] == "start"]
+    if not starts:
+        raise ConfigError("journal: the beginning of the run is missing; its file was full and began anew")
+    mismatches: list[Mismatch] = []
+    for number, line in numbered[starts[-1] + 1 :]:
+        try:
+            recorded, replayed = _step(line, scheduler)
+        except (KeyError, msgspec.ValidationError) as error:
+            raise ConfigError(f"journal: line {number} is not sound: {error}") from None
+        if recorded != replayed:
+            mismatches.append(Mismatch(number, recorded, replayed))
+    return mismatches
+
+
+def _decoded(number: int, line: bytes) -> dict[str, Any]:
+    try:
+        decoded = msgspec.json.decode(line, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"journal: line {number} is not sound: {error}") from None
+    if decoded.get("do") not in ("start", "apply", "decide", "wake"):
+        raise ConfigError(f"journal: line {number} does nothing known")
+    return decoded
+
+
+def _step(line: dict[str, Any], scheduler: Scheduler) -> tuple[object, object]:
+    """What was recorded and what the scheduler does now."""
+    now = line["at"]
+    match line["do"]:
+        case "apply":
+            scheduler.apply(_value(line["event"], _EVENTS), now=now)
+            return None, None
+        case "decide":
+            request = msgspec.convert(line["request"], Request, str_keys=True, dec_hook=_array)
+            return _value(line["decision"], _DECISIONS), scheduler.decide(request, now=now)
+        case _:
+            return [_value(decision, _DECISIONS) for decision in line["decisions"]], scheduler.wake(now=now)
+
+
+def _value(data: dict[str, Any], kinds: dict[str, Any]) -> Any:
+    return msgspec.convert(data, kinds[data["type"]], str_keys=True, dec_hook=_array)
+
+
+def _array(kind: type, value: object) -> object:
+    """Block hashes: the only thing in the journal that JSON has no word for."""
+    return np.array(value, dtype=np.uint64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import TypeVar
 
 import msgspec
@@ -16,6 +17,13 @@ T = TypeVar("T")
 def plug_in(kind: str, table: Mapping[str, type[T]], name: str, settings: Mapping[str, object]) -> T:
     """The plug-in's settings object. Raises ConfigError that lists the known names, or the plug-in's own fields."""
     plugin = table.get(name) or outside(kind, table, name)
+    if not is_dataclass(plugin):
+        raise ConfigError(f"{kind}.name: {name!r} is no dataclass of settings")
+    known = [field.name for field in fields(plugin)]
+    for key in settings:
+        if key not in known:
+            listed = ", ".join(known) or "none"
+            raise ConfigError(f"{kind}.settings.{key}: unknown setting of {name!r}; known: {listed}")
     try:
         return msgspec.convert(dict(settings), plugin)
     except (msgspec.ValidationError, TypeError, ValueError) as error:

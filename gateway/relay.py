@@ -77,7 +77,7 @@ class StreamRelay:
         """Relays until the stream is over. Raises ConnectionError or CancelledError when the client is gone."""
         try:
             await response.prepare(self._request)
-            self._is_chunked = bool(response.chunked)
+            self._is_chunked = response.headers.get("transfer-encoding") == "chunked"  # not for HTTP/1.0
             self._request.writer.send_headers()
             self._call.relay_to(self)
             while not self._is_ended or self._turn.done():

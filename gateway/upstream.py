@@ -47,12 +47,8 @@ class EngineConnection(asyncio.Protocol):
     """One connection. `send` starts a response into a sink; a complete one gives the connection back to its pool."""
 
     def __init__(
-        self,
-        on_open: Callable[[EngineConnection], None],
-        on_idle: Callable[[EngineConnection], None],
-        on_closed: Callable[[EngineConnection], None],
+        self, on_idle: Callable[[EngineConnection], None], on_closed: Callable[[EngineConnection], None]
     ) -> None:
-        self._on_open = on_open
         self._on_idle = on_idle
         self._on_closed = on_closed
         self._transport: asyncio.Transport | None = None
@@ -109,7 +105,6 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._on_open(self)
 
     def data_received(self, data: bytes) -> None:
         if self._sink is None or self._parser is None:
@@ -238,11 +233,13 @@ class ConnectionPool:
     async def connect(self) -> EngineConnection:
         """A new connection. Raises OSError when the engine refuses it."""
         _, connection = await self._loop.create_connection(
-            lambda: EngineConnection(self._open.add, self._became_idle, self._open.discard),
+            lambda: EngineConnection(self._became_idle, self._open.discard),
             self.address.host,
             self.address.port,
             ssl=self._ssl,
         )
+        if connection.is_open:  # else the engine reset it already, and `send` will say so
+            self._open.add(connection)
         return connection
 
     def retire(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 BENCHES: dict[str, tuple[str, str]] = {
     "index": ("the prefix index: bytes per block, match and ingestion times", "loadtest.bench_index"),
+    "reality": ("predictions against what a real prefill and decode pair did", "loadtest.reality"),
     "tokens": ("tokenising long prompts: time per turn and the event loop's stalls", "loadtest.bench_tokens"),
 }
 

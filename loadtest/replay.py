@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
-from urllib.parse import urlsplit
 
 import uvloop
 
 from gateway.core.errors import GatewayError
 from gateway.core.types import Slo
 from loadtest.answer import ClientResult
+from loadtest.arguments import header, positive, positive_int, url
 from loadtest.client import ClientRequest, LoadClient, chat_request
 from loadtest.generators import SHAPES, generate
 from loadtest.prompts import synthesise
@@ -156,54 +155,26 @@ class Progress:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sluice replay", description=__doc__)
-    parser.add_argument("--url", required=True, type=_url, help="base URL of the gateway, without /v1")
+    parser.add_argument("--url", required=True, type=url, help="base URL of the gateway, without /v1")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--trace", type=Path, metavar="FILE", help="a published trace")
     source.add_argument("--workload", choices=SHAPES, help="a generated workload")
     parser.add_argument("--format", choices=FORMATS, help="of the trace; default: told by its first line")
     parser.add_argument("--seed", type=int, default=0, help="of the generated workload")
-    parser.add_argument("--seconds", type=_positive, help="how much of the workload, in its own time")
-    parser.add_argument("--limit", type=_positive_int, help="at most so many requests")
-    parser.add_argument("--speed", type=_positive, default=1.0, help="times as fast as recorded")
+    parser.add_argument("--seconds", type=positive, help="how much of the workload, in its own time")
+    parser.add_argument("--limit", type=positive_int, help="at most so many requests")
+    parser.add_argument("--speed", type=positive, default=1.0, help="times as fast as recorded")
     parser.add_argument("--model", default="default", help="model name to ask for")
-    parser.add_argument("--slo-ttft-ms", type=_positive, help="bound on the time to the first token")
-    parser.add_argument("--slo-tbt-ms", type=_positive, help="bound on the mean of the slowest 10 %% of token gaps")
-    parser.add_argument("--max-in-flight", type=_positive_int, default=1024, help="beyond it the client is late")
-    parser.add_argument("--timeout-s", type=_positive, default=600.0, help="limit for one whole answer")
-    parser.add_argument("--header", type=_header, action="append", default=[], metavar="NAME:VALUE", help="sent along")
-    parser.add_argument("--characters-per-token", type=_positive, default=5.0, help="length of synthetic prompts")
+    parser.add_argument("--slo-ttft-ms", type=positive, help="bound on the time to the first token")
+    parser.add_argument("--slo-tbt-ms", type=positive, help="bound on the mean of the slowest 10 %% of token gaps")
+    parser.add_argument("--max-in-flight", type=positive_int, default=1024, help="beyond it the client is late")
+    parser.add_argument("--timeout-s", type=positive, default=600.0, help="limit for one whole answer")
+    parser.add_argument("--header", type=header, action="append", default=[], metavar="NAME:VALUE", help="sent along")
+    parser.add_argument("--characters-per-token", type=positive, default=5.0, help="length of synthetic prompts")
     parser.add_argument("--no-stream", action="store_true", help="ask for whole answers; TTFT and TBT stay unseen")
     parser.add_argument("--free-output", action="store_true", help="let the model end before the trace's length")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
-    return value
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _url(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise argparse.ArgumentTypeError(f"must be like http://host:port, got {text!r}")
-    return text
-
-
-def _header(text: str) -> tuple[str, str]:
-    name, separator, value = text.partition(":")
-    if not separator or not name.strip():
-        raise argparse.ArgumentTypeError(f"must be NAME:VALUE, got {text!r}")
-    return name.strip(), value.strip()
 
 
 def _ms_to_s(value_ms: float | None) -> float | None:

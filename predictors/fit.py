@@ -1,17 +1,12 @@
 """From measurements of an engine to a profile: a robust regression that refuses data from which nothing follows.
 
-A measurement is one JSON line. A prefill on an idle engine:
-    {"prompt_tokens": 4096, "cached_tokens": 0, "elapsed_s": 0.41}
-A decode step:
-    {"batch": 8, "kv_tokens": 32768, "step_s": 0.021}
-
 Errors are taken relative to the time measured, so that a short prompt counts as much as a long one; outliers lose their
 weight round by round (iteratively reweighted least squares with Huber's weights); coefficients cannot be negative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -19,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LinearRegression
 
-from gateway.core.errors import ConfigError
+from predictors.measurements import DecodeStep, FitError, HandOff, Prefill
 from predictors.polynomial import Polynomial, decode_terms, prefill_terms
 from predictors.profile import Measured, Quantity
 
@@ -31,30 +26,11 @@ MAX_MEDIAN_ERROR_RATIO = 0.5
 """A fit that misses half of its own data by more than half explains nothing."""
 MIN_GROWTH_RATIO = 0.05
 """A longest prefill of which less than this is due to its length was not measured long enough."""
-MAX_LINE_BYTES = 1 << 16
+MIN_MOVED_RATIO = 0.1
+"""Of a measured hand-off, the part that is at least taken as the transfer itself."""
 ROUNDS = 20
 HUBER_LIMIT = 1.345
 """Robust standard deviations beyond which a point loses weight. Source: 95 % efficiency at the normal (Huber, 1981)."""
-
-
-class FitError(ConfigError):
-    """The measurements cannot be read, or no profile follows from them."""
-
-
-class Prefill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One prefill on an idle engine."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    elapsed_s: float
-
-
-class DecodeStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One decode step (or the mean of some with the same batch)."""
-
-    batch: int
-    kv_tokens: int
-    step_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,45 +51,7 @@ class Fit:
         )
 
 
-def parse_measurements(
-    lines: Iterable[bytes], *, where: str = "measurements"
-) -> tuple[list[Prefill], list[DecodeStep]]:
-    """The prefills and decode steps of JSON lines, in order; blank lines are skipped. FitError names the line."""
-    prefills: list[Prefill] = []
-    steps: list[DecodeStep] = []
-    for number, line in enumerate(lines, start=1):
-        if len(line) > MAX_LINE_BYTES:
-            raise FitError(f"{where}:{number}: line of over {MAX_LINE_BYTES} bytes")
-        if not line.strip():
-            continue
-        try:
-            raw = msgspec.json.decode(line, type=dict[str, object])
-            if "step_s" in raw:
-                steps.append(_check_step(msgspec.convert(raw, DecodeStep)))
-            else:
-                prefills.append(_check_prefill(msgspec.convert(raw, Prefill)))
-        except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
-            raise FitError(f"{where}:{number}: {error}") from error
-    return prefills, steps
-
-
-def _check_prefill(prefill: Prefill) -> Prefill:
-    if not 0 <= prefill.cached_tokens < prefill.prompt_tokens:
-        raise ValueError("must hold 0 <= cached_tokens < prompt_tokens")
-    if not 0.0 < prefill.elapsed_s < float("inf"):
-        raise ValueError("elapsed_s must be finite and > 0")
-    return prefill
-
-
-def _check_step(step: DecodeStep) -> DecodeStep:
-    if step.batch < 1 or step.kv_tokens < 0:
-        raise ValueError("must hold batch >= 1 and kv_tokens >= 0")
-    if not 0.0 < step.step_s < float("inf"):
-        raise ValueError("step_s must be finite and > 0")
-    return step
-
-
-def fit_prefill(prefills: list[Prefill], *, has_curve: bool = False) -> Fit:
+def fit_prefill(prefills: Sequence[Prefill], *, has_curve: bool = False) -> Fit:
     """Base (s), s per uncached token, s per square token; with `has_curve` also s per square uncached token.
 
     FitError when the lengths measured cannot tell these apart, or when longer prompts did not take longer.
@@ -129,7 +67,7 @@ def fit_prefill(prefills: list[Prefill], *, has_curve: bool = False) -> Fit:
     return fit
 
 
-def fit_decode(steps: list[DecodeStep]) -> Fit:
+def fit_decode(steps: Sequence[DecodeStep]) -> Fit:
     """Base (s), s per sequence and s per KV token of a step. FitError when batch and KV size cannot be told apart."""
     batch = np.array([step.batch for step in steps], dtype=float)
     kv_tokens = np.array([step.kv_tokens for step in steps], dtype=float)
@@ -140,7 +78,21 @@ def fit_decode(steps: list[DecodeStep]) -> Fit:
     return _regress("decode", decode_terms(batch, kv_tokens), np.array([step.step_s for step in steps]))
 
 
-def fit_polynomial(prefills: list[Prefill], steps: list[DecodeStep]) -> Polynomial:
+def fit_hand_off(hand_offs: Sequence[HandOff], decode: Fit) -> Fit:
+    """Base (s) and s per token of moving a prompt's KV; `decode` is the fitted step that each measured time includes.
+
+    FitError when the lengths measured cannot tell the two apart.
+    """
+    length = np.array([hand_off.prompt_tokens for hand_off in hand_offs], dtype=float)
+    _check_variety("hand-off", "prompt lengths", length)
+    step_s = decode_terms(np.ones(len(length)), length) @ decode.coefficients
+    whole_s = np.array([hand_off.hand_off_s for hand_off in hand_offs])
+    # A transfer as short as the noise of the step is not negative.
+    moved_s = np.maximum(whole_s - step_s, MIN_MOVED_RATIO * whole_s)
+    return _regress("hand-off", np.stack((np.ones(len(length)), length), axis=1), moved_s)
+
+
+def fit_polynomial(prefills: Sequence[Prefill], steps: Sequence[DecodeStep]) -> Polynomial:
     """The polynomial predictor that explains the measurements best."""
     base_s, per_token, per_square, per_new_square = fit_prefill(prefills, has_curve=True).coefficients
     per_step, per_sequence, per_kv_token = fit_decode(steps).coefficients
@@ -162,12 +114,25 @@ class Capacity:
 
 
 def fit_profile(
-    name: str, prefills: list[Prefill], steps: list[DecodeStep], capacity: Capacity, *, summary: str
+    name: str,
+    prefills: Sequence[Prefill],
+    steps: Sequence[DecodeStep],
+    capacity: Capacity,
+    *,
+    summary: str,
+    how: str = "",
 ) -> bytes:
-    """A measured profile as JSON text for `parse_profile`; every fitted number's source states the error of the fit."""
+    """A measured profile as JSON text for `parse_profile`.
+
+    Every fitted number's source states the error of the fit and, in the sentence `how`, where the data come from.
+    """
     prefill, decode = fit_prefill(prefills), fit_decode(steps)
-    base_s, per_token, per_square = (Quantity(value, prefill.source) for value in prefill.coefficients)
-    step_s, per_sequence, per_kv_token = (Quantity(value, decode.source) for value in decode.coefficients)
+    base_s, per_token, per_square = (
+        Quantity(value, f"{prefill.source} {how}".strip()) for value in prefill.coefficients
+    )
+    step_s, per_sequence, per_kv_token = (
+        Quantity(value, f"{decode.source} {how}".strip()) for value in decode.coefficients
+    )
     sheet = Measured(
         name=name,
         summary=summary,

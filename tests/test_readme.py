@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from adapters import ADAPTERS
 from gateway import config_reference
 from gateway.cli import COMMANDS
 from gateway.core.types import RejectReason
 from gateway.handlers import PASSED_THROUGH, REFUSAL_STATUS
+from gateway.policies import POLICIES
+from predictors import PREDICTORS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,6 +40,11 @@ def test_every_header_we_write_is_explained() -> None:
 def test_every_route_that_is_passed_through_is_named() -> None:
     for path in PASSED_THROUGH:
         assert path in README
+
+
+@pytest.mark.parametrize("name", [*POLICIES, *PREDICTORS, *ADAPTERS])
+def test_every_plug_in_is_named(name: str) -> None:
+    assert f"`{name}`" in README or f'"{name}"' in README
 
 
 def test_every_make_target_and_command_it_names_exists() -> None:

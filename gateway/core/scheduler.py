@@ -317,16 +317,20 @@ class Scheduler:
             )
 
     def _learn_hand_off(self, reservation: Reservation, now: float) -> None:
-        prefill = self.cluster.engines.get(reservation.estimate.prefill)
-        decode = self.cluster.engines.get(reservation.estimate.decode)
+        estimate = reservation.estimate
+        prefill, decode = self.cluster.engines.get(estimate.prefill), self.cluster.engines.get(estimate.decode)
         if prefill is None or decode is None or reservation.prefill_done_at is None:
             return
+        # What is seen holds the join too. Both get their predicted share: taking the predicted join off instead would
+        # leave nothing, and nothing to learn, whenever the join was predicted too long.
+        predicted_s = estimate.hand_off_s + estimate.join_s
+        share = estimate.hand_off_s / predicted_s if predicted_s > 0 else 1.0
         self._estimator.observe_hand_off(
             HandOffOutcome(
                 prefill=prefill.engine,
                 decode=decode.engine,
                 prompt_tokens=reservation.request.prompt_tokens,
-                elapsed_s=max(0.0, now - reservation.prefill_done_at - reservation.estimate.join_s),
+                elapsed_s=share * (now - reservation.prefill_done_at),
             )
         )
 

@@ -279,6 +279,20 @@ def test_prefills_that_take_longer_raise_the_prediction() -> None:
     assert after.estimate.tbt_s > before.estimate.tbt_s
 
 
+def test_a_hand_off_shorter_than_the_join_was_predicted_is_learnt_all_the_same() -> None:
+    scheduler = a_scheduler(*a_pair())
+    for number in range(60):
+        now = 100.0 * number
+        scheduler.decide(a_request(f"r{number}"), now=now)
+        scheduler.apply(PrefillDone(f"r{number}"), now=now + 1.0)
+        scheduler.apply(FirstToken(f"r{number}"), now=now + 1.01)
+        scheduler.apply(Finished(f"r{number}", tbt_s=0.5), now=now + 30.0)
+    after = scheduler.decide(a_request("again"), now=7000.0)
+    assert isinstance(after, Dispatch)
+    assert after.estimate.join_s == pytest.approx(0.5, rel=0.1)
+    assert after.estimate.hand_off_s < 0.001
+
+
 def test_events_about_the_unknown_are_ignored() -> None:
     scheduler = a_scheduler(*a_pair())
     for event in (PrefillDone("x"), FirstToken("x"), Finished("x"), Left("x"), EngineLost("x")):

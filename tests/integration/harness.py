@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -13,7 +13,16 @@ from typing import Any, Self
 import aiohttp
 
 from gateway.app import Gateway, running
-from gateway.config import Config, EngineSettings, IndexSettings, LogSettings, ServerSettings, WatchSettings, resolve
+from gateway.config import (
+    Config,
+    EngineSettings,
+    IndexSettings,
+    LogSettings,
+    ServerSettings,
+    TokenSettings,
+    WatchSettings,
+    resolve,
+)
 from gateway.core.types import Health, Role
 from gateway.toml import Secret
 from loadtest.answer import ClientResult
@@ -24,6 +33,8 @@ from tests.polling import DEADLINE_S, until
 
 SPEED = 20.0
 """Engine seconds per second: a decode step takes about a quarter of a millisecond."""
+PATIENT = {"lease_s": 30 * SPEED, "lease_extension_s": 20 * SPEED}
+"""Leases that last as long as a real engine's on the wall clock: a machine that stalls for a second loses none."""
 MODEL = "emulated"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 QUICK_WATCH = WatchSettings(
@@ -45,6 +56,8 @@ class Site:
     fakes: dict[str, FakeEngine]
     client: LoadClient
     session: aiohttp.ClientSession
+    stop: Callable[[], Awaitable[None]]
+    """Stops the gateway as a signal would; returns when it has ended."""
 
     @property
     def url(self) -> str:
@@ -149,7 +162,7 @@ class Start:
         for letter in roles:
             name = f"{letter}{sum(known.startswith(letter) for known in fakes)}"
             role = {"p": Role.PREFILL, "d": Role.DECODE, "b": Role.BOTH}[letter]
-            own = FakeEngineSettings(role=role, **(engine or {}))
+            own = FakeEngineSettings(role=role, **(PATIENT | (engine or {})))
             fakes[name] = await cluster.start(FakeSettings(engine=own, **(fake or {})))
         key = Secret(api_key) if api_key else None
         found = [
@@ -162,15 +175,34 @@ class Start:
             "watch": QUICK_WATCH,
             "index": IndexSettings(max_blocks=1000),
             "log": LogSettings(),
+            "tokens": TokenSettings(ask_engine=False),
         }
-        gateway = await self.stack.enter_async_context(running(resolve(Config(**(fields | settings)))))
+        gateway, stop = await self._gateway(resolve(Config(**(fields | settings))))
         client = await self.stack.enter_async_context(LoadClient(gateway.url))
         session = await self.stack.enter_async_context(aiohttp.ClientSession())
-        site = Site(gateway, cluster, fakes, client, session)
+        site = Site(gateway, cluster, fakes, client, session, stop)
         self.sites.append(site)
         if is_awaited:
             await until(lambda: all(map(site.is_up, fakes)))
         return site
+
+    async def _gateway(self, config: Config) -> tuple[Gateway, Callable[[], Awaitable[None]]]:
+        """A gateway in a task of its own, and how to stop it."""
+        started: asyncio.Future[Gateway] = asyncio.get_running_loop().create_future()
+        is_stopped = asyncio.Event()
+
+        async def run() -> None:
+            async with running(config) as gateway:
+                started.set_result(gateway)
+                await is_stopped.wait()
+
+        async def stop() -> None:
+            is_stopped.set()
+            await task
+
+        task = asyncio.create_task(run())
+        self.stack.push_async_callback(stop)
+        return await started, stop
 
     async def __aenter__(self) -> Self:
         return self

@@ -103,28 +103,35 @@ async def serving(script: Script | None = None, *, model: str = MODEL) -> AsyncI
     """An engine on a free loopback port. Without a script it gives a whole chat answer."""
     models = json.dumps({"object": "list", "data": [{"id": model, "object": "model", "max_model_len": 4096}]})
     probes: dict[str, bytes | None] = {"/health": b"", "/metrics": METRICS, "/v1/models": models.encode()}
+    probes["/kv_event_sources"] = b"{}"
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         is_counted = False
+        task = asyncio.current_task()
+        assert task is not None
+        conversations.add(task)
         try:
             while not writer.is_closing():
                 received = await _receive(reader)
                 if received.path in engine.probes:
                     engine.probed[received.path] = received.headers
                     if engine.probes[received.path] is None:
-                        await asyncio.Event().wait()
+                        await reader.read()  # until the gateway hangs up
+                        return
                     writer.write(whole(engine.probes[received.path], content_type=b"text/plain"))
                     continue
                 engine.connections += not is_counted
                 is_counted = True
                 engine.received.append(received)
                 await engine.script(received, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
+            conversations.discard(task)
             engine.closed += is_counted
             writer.close()
 
+    conversations: set[asyncio.Task[None]] = set()
     server = await asyncio.start_server(converse, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     engine = ScriptedEngine(f"http://127.0.0.1:{port}", script or says(whole(text_answer())), probes)
@@ -133,6 +140,10 @@ async def serving(script: Script | None = None, *, model: str = MODEL) -> AsyncI
         yield engine
     finally:
         server.close()
+        for task in conversations:
+            task.cancel()
+        if conversations:
+            await asyncio.wait(conversations)
 
 
 async def _receive(reader: asyncio.StreamReader) -> Received:

@@ -10,6 +10,7 @@ from gateway.config import TokenSettings
 from loadtest import tokenizer
 from tests.integration.harness import CHAT, Site, chat_body, until, words
 
+ASKING = TokenSettings(ask_engine=True)
 COMPLETIONS = "/v1/completions"
 A_TOKENIZER = next((Path(__file__).parents[1] / "recorded").rglob("tokenizer.json"))
 
@@ -43,7 +44,7 @@ def watch_decisions():
 
 
 async def test_an_engine_tells_the_exact_length_and_the_blocks(start, watch_decisions):
-    site = await start("pd", engine={"block_tokens": 16})
+    site = await start("pd", engine={"block_tokens": 16}, tokens=ASKING)
     await until(lambda: site.gateway.driver.scheduler.block_sizes == (16,))
     seen = watch_decisions(site)
     told = await prompt_tokens(site)
@@ -51,7 +52,7 @@ async def test_an_engine_tells_the_exact_length_and_the_blocks(start, watch_deci
 
 
 async def test_a_completion_by_token_ids_is_counted_without_asking(start, watch_decisions):
-    site = await start("pd", engine={"block_tokens": 16})
+    site = await start("pd", engine={"block_tokens": 16}, tokens=ASKING)
     seen = watch_decisions(site)
     ids = tokenizer.encode(words(30))
     await prompt_tokens(site, COMPLETIONS, prompt=ids)
@@ -59,7 +60,7 @@ async def test_a_completion_by_token_ids_is_counted_without_asking(start, watch_
 
 
 async def test_without_a_source_the_length_is_estimated_and_learnt_from_answers(start, watch_decisions):
-    site = await start("pd", tokens=TokenSettings(ask_engine=False))
+    site = await start("pd")
     seen = watch_decisions(site)
     for _ in range(60):
         told = await prompt_tokens(site)
@@ -84,7 +85,7 @@ async def test_an_engine_that_does_not_tell_is_not_asked_again_soon(start):
     from tests.integration.scripted_engine import serving
 
     async with serving() as engine:
-        site = await start("", engines=[engine.settings("b0")], is_awaited=False)
+        site = await start("", engines=[engine.settings("b0")], is_awaited=False, tokens=ASKING)
         await engine.is_up(site)
         for _ in range(3):
             await site.post(CHAT, chat_body())

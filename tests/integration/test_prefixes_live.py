@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from gateway.config import TokenSettings
 from gateway.core.events import FeedState
 from gateway.core.prefixes import PrefixSource
 from loadtest.kv_publisher import KvEventSettings
@@ -16,6 +17,7 @@ WORDS = ("river", "stone", "cloud", "engine", "token", "paper", "light", "north"
 ANNOUNCING = {
     "fake": {"kv_events": KvEventSettings(), "has_prompt_tokens_details": True},
     "engine": {"block_tokens": BLOCK},
+    "tokens": TokenSettings(ask_engine=True),
 }
 
 
@@ -84,7 +86,9 @@ async def test_a_stream_that_is_cut_is_said_and_requests_go_on(announcing):
 
 
 async def test_an_engine_without_events_is_observed(start):
-    site = await start("pd", engine={"block_tokens": BLOCK}, fake={"has_prompt_tokens_details": True})
+    site = await start(
+        "pd", engine={"block_tokens": BLOCK}, fake={"has_prompt_tokens_details": True}, tokens=ANNOUNCING["tokens"]
+    )
     await until(lambda: source(site, "p0") is PrefixSource.OBSERVED)
     assert await told_and_believed(site, a_text(1)) == (0, 0)
     told, believed = await told_and_believed(site, a_text(1))

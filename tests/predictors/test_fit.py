@@ -7,15 +7,13 @@ import pytest
 
 from predictors.fit import (
     Capacity,
-    DecodeStep,
-    FitError,
-    Prefill,
     fit_decode,
+    fit_hand_off,
     fit_polynomial,
     fit_prefill,
     fit_profile,
-    parse_measurements,
 )
+from predictors.measurements import DecodeStep, FitError, HandOff, Prefill
 from predictors.profile import Quantity, load_profile, parse_profile
 
 TRUTH = load_profile("llama3-70b-8xa800-reference")
@@ -96,30 +94,12 @@ def test_steps_whose_batch_and_kv_change_together_are_refused() -> None:
         fit_decode(together)
 
 
-def test_measurements_are_read_line_by_line() -> None:
-    lines = [
-        b'{"prompt_tokens": 10, "cached_tokens": 0, "elapsed_s": 0.5}\n',
-        b"\n",
-        b'{"batch": 2, "kv_tokens": 100, "step_s": 0.02}',
-    ]
-    assert parse_measurements(lines) == ([Prefill(10, 0, 0.5)], [DecodeStep(2, 100, 0.02)])
+def test_a_hand_off_is_what_is_left_after_the_decode_step_it_includes() -> None:
+    lengths = range(200, 8200, 500)
+    timed = [HandOff(length, 0.004 + 2e-6 * length + TRUTH.decode_s(1, length)) for length in lengths]
+    assert fit_hand_off(timed, fit_decode(steps())).coefficients == pytest.approx((0.004, 2e-6), rel=1e-2)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        b'{"prompt_tokens": 10, "cached_tokens": 0, "elapsed_s": 0',
-        b"[]",
-        b'{"prompt_tokens": 10, "cached_tokens": 10, "elapsed_s": 0.5}',
-        b'{"prompt_tokens": -10, "cached_tokens": -20, "elapsed_s": 0.5}',
-        b'{"prompt_tokens": 10, "cached_tokens": 0, "elapsed_s": 0}',
-        b'{"prompt_tokens": 10, "cached_tokens": 0, "elapsed_s": 1, "note": 1}',
-        b'{"batch": 0, "kv_tokens": 100, "step_s": 0.02}',
-        b'{"batch": 1, "kv_tokens": 100, "step_s": -1}',
-        b"\xff",
-        b'{"note": "' + b"x" * 70_000 + b'"}',
-    ],
-)
-def test_a_bad_line_is_refused_by_its_number(line: bytes) -> None:
-    with pytest.raises(FitError, match=r"runs\.jsonl:2: "):
-        parse_measurements([b"\n", line], where="runs.jsonl")
+def test_hand_offs_of_one_length_are_refused() -> None:
+    with pytest.raises(FitError, match="1 distinct prompt lengths"):
+        fit_hand_off([HandOff(100, 1.0)] * 20, fit_decode(steps()))
