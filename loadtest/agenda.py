@@ -45,6 +45,11 @@ class Alarm:
         self._action = action
         self._at: float | None = None
 
+    @property
+    def at(self) -> float | None:
+        """When it will ring; None: never."""
+        return self._at
+
     def set(self, at: float | None, *, now: float) -> None:
         """Moves the alarm; instants that are over mean now, None means never."""
         if at is not None:

@@ -65,6 +65,8 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._ready: deque[Sequence] = deque()
         """Fetched sequences: they hold their blocks and wait for a place in the batch."""
+        self._to_fetch_count = 0
+        """Of `_waiting`, those whose KV is to be read from elsewhere."""
         self._pending: set[str] = set()
         """Of `_waiting`, ids of those whose prefix is on its way."""
         self._running: list[Sequence] = []
@@ -91,7 +93,9 @@ class Engine:
         self._waiting.append(sequence)
         if request.is_prefix_pending:
             self._pending.add(request.id)
-        self._fetches.expect(request.remote, now=now)
+        if request.remote is not None:
+            self._to_fetch_count += 1
+            self._fetches.expect(request.remote, now=now)
 
     def abort(self, request_id: str, *, now: float) -> bool:
         """Ends a request early; its memory is free at the next step. False when it is unknown or over."""
@@ -154,7 +158,7 @@ class Engine:
 
     def load(self) -> EngineLoad:
         """What the engine is busy with."""
-        to_fetch = sum(s.request.remote is not None and not s.is_fetch_over for s in self._waiting)
+        to_fetch = self._to_fetch_count
         fetching_count = self._fetches.active_count
         return EngineLoad(
             running_count=len(self._running),
@@ -248,6 +252,7 @@ class Engine:
             elif self._waiting and self._is_here(self._waiting[0]) and self._allocate(self._waiting[0], reserved, at):
                 sequence = self._waiting.popleft()
                 if sequence.request.remote is not None and not sequence.is_fetch_over:
+                    self._to_fetch_count -= 1
                     self._fetch(sequence, sequence.request.remote, at, out)
                     continue
             else:
@@ -408,9 +413,11 @@ class Engine:
     def _drop_waiting(self, sequence: Sequence, now: float) -> None:
         """Ends an aborted sequence that is not in the batch; frees the far side of its hand-off too."""
         self._pending.discard(sequence.request.id)
-        for queue in (self._waiting, self._ready):
-            if sequence in queue:
-                queue.remove(sequence)
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+            self._to_fetch_count -= sequence.request.remote is not None and not sequence.is_fetch_over
+        elif sequence in self._ready:
+            self._ready.remove(sequence)
         self._fetches.cancel(sequence, now=now)
         self._finish(sequence, FinishReason.ABORT, now, self._outbox)
 

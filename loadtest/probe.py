@@ -168,6 +168,7 @@ class Probe:
             raise ProbeFailed(f"{self._where} answered a stream with {body[:DETAIL_CHARACTERS]!r}")
         held = b""
         async for piece in response.content.iter_any():
+            came_at = clock()
             held += piece
             while (found := first_event(held))[1]:
                 data, size = found
@@ -177,7 +178,7 @@ class Probe:
                 if data.startswith(b'{"error"'):
                     detail = data[:DETAIL_CHARACTERS].decode(errors="replace")
                     raise ProbeFailed(f"{self._where} broke a stream off: {detail}")
-                yield data, clock()
+                yield data, came_at
 
 
 def _fields(model: str, prompt: Sequence[int], *, max_tokens: int, is_stream: bool = False) -> dict[str, object]:

@@ -66,7 +66,10 @@ class SimGateway:
             self._wake(now)
 
     def _arm(self, now: float) -> None:
-        self._alarm.set(self.scheduler.next_wakeup(), now=now)
+        """As the live driver: an alarm that is set for earlier stays."""
+        wake_at = self.scheduler.next_wakeup()
+        if wake_at is None or self._alarm.at is None or self._alarm.at > wake_at:
+            self._alarm.set(wake_at, now=now)
 
     def _wake(self, now: float) -> None:
         decisions = self.scheduler.wake(now=now)

@@ -9,7 +9,7 @@ the same settings give the same run to the last bit.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -328,12 +328,14 @@ class Simulation:
             gateway.apply(event, now=now)
 
     def _report(self, now: float) -> None:
-        for engine in self._engines.values():
-            report = engine.report()
-            if report is not None:
-                event = EngineReport(engine.id, report)
-                self.agenda.note(now + self._plan.report_delay_s, partial(_tell_later, self, event))
+        counted = [(engine.id, engine.report()) for engine in self._engines.values()]
+        reports = [EngineReport(engine_id, report) for engine_id, report in counted if report is not None]
+        self.agenda.note(now + self._plan.report_delay_s, partial(self._read_reports, reports))
         self.agenda.note(now + self._plan.report_interval_s, self._report)
+
+    def _read_reports(self, reports: Sequence[EngineReport], now: float) -> None:
+        for report in reports:
+            self.tell_all(report, now)
 
     def _sample(self, now: float) -> None:
         states = self._gateways[0].scheduler.cluster.engines.values()
@@ -350,7 +352,3 @@ def _mirror(scheduler: Scheduler, request: Request, dispatch: Dispatch, now: flo
 
 def _apply(gateway: GatewayShell, event: Event, now: float) -> None:
     gateway.apply(event, now=now)
-
-
-def _tell_later(simulation: Simulation, event: Event, now: float) -> None:
-    simulation.tell_all(event, now)

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from statistics import median
+from statistics import fmean
 from typing import TypeVar
 
 from gateway.core.errors import ConfigError
@@ -215,15 +215,24 @@ class Sweep:
             self._longest_s = max(self._longest_s, elapsed_s)
 
     async def _measure_steps(self, batch: int, tokens: int) -> None:
-        """The usual gap while `batch` streams decode together; nothing when they hardly overlapped."""
+        """The mean gap while `batch` streams decode together; nothing when they hardly overlapped."""
         prompts = [await self._primed(tokens, place) for place in range(batch)]
         await self._wait_idle(self._decode)
-        async with asyncio.TaskGroup() as group:
-            streams = [group.create_task(self._decode.token_instants(self._model, prompt, STEPS)) for prompt in prompts]
-        gaps_s = overlapping_gaps_s([stream.result() for stream in streams])
+        gaps_s = overlapping_gaps_s(await self._stream_all(prompts))
         if len(gaps_s) >= MIN_GAPS:
-            # The median: two tokens in one event, or a pause of the machine, are not a step.
-            self._steps.append(DecodeStep(batch, batch * (tokens + STEPS // 2), median(gaps_s)))
+            # The mean: on a busy machine tokens come two at once, and gaps of nothing would pull a median down.
+            self._steps.append(DecodeStep(batch, batch * (tokens + STEPS // 2), fmean(gaps_s)))
+
+    async def _stream_all(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """The instants of each stream's events, all streams side by side; when one fails the others are hung up."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                streams = [
+                    group.create_task(self._decode.token_instants(self._model, prompt, STEPS)) for prompt in prompts
+                ]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [stream.result() for stream in streams]
 
     async def _primed(self, tokens: int, place: int) -> Prompt:
         """A prompt whose KV is in the decode engine's prefix cache."""
@@ -254,5 +263,5 @@ def overlapping_gaps_s(streams: Sequence[Sequence[float]]) -> list[float]:
         later - earlier
         for stream in streams
         for earlier, later in pairwise(stream)
-        if begin_at <= earlier and later <= end_at and later > earlier
+        if begin_at <= earlier and later <= end_at
     ]

@@ -90,6 +90,8 @@ class _Routes:
             response = _error(error)
         except web.HTTPException as error:
             response = _json({"detail": error.reason}, error.status)
+        except ConnectionError:
+            raise asyncio.CancelledError from None  # the client left while it was written to: no error of ours
         if self._fake.settings.has_request_id_headers and not response.prepared:
             response.headers["X-Request-Id"] = request.headers.get("X-Request-Id") or self._random_hex(32)
         return response

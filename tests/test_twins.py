@@ -15,12 +15,12 @@ from gateway.admissions.ttft import Ttft
 from gateway.core.admission import AdmissionLimits
 from gateway.core.events import Event
 from gateway.core.scheduler import Scheduler
-from gateway.core.types import Decision, Dispatch, Reject, Request, Slo
+from gateway.core.types import Decision, Dispatch, Reject, RejectReason, Request, Slo, WaitReason
 from gateway.driver import Driver
 from gateway.journal import Journal
 from gateway.policies import POLICIES
 from loadtest.agenda import Agenda
-from loadtest.fault_plan import draw_faults
+from loadtest.fault_plan import Fault, FaultKind, draw_faults
 from loadtest.generators import generate
 from loadtest.sim_engines import Fleet
 from loadtest.sim_gateway import OnDecision, SimGateway
@@ -33,8 +33,11 @@ from tests.virtual_loop import VirtualLoop
 
 SEEDS = range(20)
 FLEET = Fleet(load_profile("llama3-8b-1xh100"), prefill=2, decode=2, block_tokens=16)
-TIGHT = AdmissionLimits(max_in_flight_per_engine=6, max_waiting=20, max_wait_s=0.4)
+TIGHT = AdmissionLimits(max_in_flight_per_engine=12, max_waiting=15, max_wait_s=1.0)
 """So that requests wait, are sent later, wait too long and find the queue full."""
+
+DEATH = Fault(FaultKind.DIES, "p1", at_s=2.0, duration_s=0.5)
+"""So that requests are decided again."""
 
 
 @dataclass
@@ -63,16 +66,16 @@ def a_plan(seed: int) -> Plan:
         policy=POLICIES[names[seed % len(names)]](),
         predictor=Online(),
         admission=Ttft(),
-        slo=Slo(ttft_s=0.5),
+        slo=Slo(ttft_s=0.9),
         seed=seed,
         limits=TIGHT,
         report_interval_s=0.37,
-        faults=draw_faults(2, FLEET.engine_ids, span_s=3.0, seed=seed),
+        faults=(DEATH, *draw_faults(2, FLEET.engine_ids, span_s=5.0, seed=seed)),
     )
 
 
 def a_workload(seed: int) -> list[TraceRequest]:
-    return list(scaled(islice(generate("azure-conversation", seed=seed), 150), speed=12.0))
+    return list(scaled(islice(generate("azure-conversation", seed=seed), 150), speed=5.0))
 
 
 class LiveGateway:
@@ -94,7 +97,8 @@ class LiveGateway:
         self._on_decision(decided.decision, self._driver.now())
 
     def apply(self, event: Event, *, now: float) -> None:
-        self._driver.apply(event)
+        """In the loop's order: after the decisions that were asked for before."""
+        asyncio.get_running_loop().call_soon(self._driver.apply, event)
 
     def settle(self, *, now: float) -> None:
         """The live gateway sends both legs as one exchange: nothing is decided between them."""
@@ -150,6 +154,16 @@ def test_the_live_driver_and_the_simulator_decide_alike(seed: int) -> None:
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         runner.run(run_live(a_plan(seed), a_workload(seed), live))
     assert [told(decision) for decision in live.decisions] == [told(decision) for decision in simulated.decisions]
+
+
+def test_the_seeds_hold_every_kind_of_decision() -> None:
+    journal = Memory()
+    runs = [
+        simulate(a_plan(seed), a_workload(seed), shell_of=partial(SimGateway, journal=journal)) for seed in SEEDS[:4]
+    ]
+    reasons = {decision.reason for decision in journal.decisions if not isinstance(decision, Dispatch)}
+    assert reasons >= {WaitReason.ENGINES_FULL, RejectReason.QUEUE_FULL, RejectReason.TTFT_SLO}
+    assert max(flight.request.attempt for run in runs for flight in run.flights) > 1
 
 
 @pytest.mark.parametrize("seed", SEEDS[:5])

@@ -22,11 +22,17 @@ class Agreement:
     """Of these, exactly equal."""
     _recent: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
-    def check(self, *, predicted_tokens: int, reported_tokens: int, block_tokens: int) -> None:
-        """Compares one request; within one block counts as right, for a block may come or go in flight."""
+    def check(
+        self, *, predicted_tokens: int, reported_tokens: int, block_tokens: int, may_know_less: bool = False
+    ) -> None:
+        """Compares one request; within one block counts as right, for a block may come or go in flight.
+
+        `may_know_less`: more than was predicted is right too, where what others put there is never seen.
+        """
         self.checked_count += 1
         self.agreed_count += predicted_tokens == reported_tokens
-        self._recent.append(abs(predicted_tokens - reported_tokens) <= block_tokens)
+        missing_tokens = 0 if may_know_less else reported_tokens - predicted_tokens
+        self._recent.append(max(predicted_tokens - reported_tokens, missing_tokens) <= block_tokens)
 
     @property
     def ratio(self) -> float | None:

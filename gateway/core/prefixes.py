@@ -239,6 +239,8 @@ class Prefixes:
             predicted_tokens=sent.said_tokens,
             reported_tokens=reported_tokens,
             block_tokens=known.engine.block_tokens or 1,
+            # A model of an engine's cache starts empty beside a warm engine, and sees nothing that others send there.
+            may_know_less=known.source is PrefixSource.OBSERVED,
         )
         if agreement.is_wrong:
             self._choose_source(known, "what it reports as cached is not what was believed")

@@ -193,14 +193,27 @@ def check(prefixes: Prefixes, engine: Engine, reported_tokens: int, times: int) 
         prefixes.prefilled(name, reported_tokens, now=0.0)
 
 
+def disappoint(prefixes: Prefixes, engine: Engine, times: int) -> None:
+    """The engine has nothing of a prompt that it is believed to hold."""
+    for number in range(times + 1):
+        send(prefixes, engine, a_prompt(f"again{number}", 8))
+        prefixes.prefilled(f"again{number}", 0, now=0.0)
+
+
 def test_an_index_that_is_wrong_is_not_believed_and_falls_back_step_by_step() -> None:
     prefixes, engine = announcing()
     check(prefixes, engine, reported_tokens=400, times=MIN_CHECKS)
     assert prefixes.source("e") is PrefixSource.OBSERVED
-    check(prefixes, engine, reported_tokens=300, times=MIN_CHECKS)
+    disappoint(prefixes, engine, times=MIN_CHECKS)
     assert prefixes.source("e") is PrefixSource.UNKNOWN
     assert cached(prefixes, engine, a_prompt("r", 4)) == 0
     assert "not what was believed" in prefixes.take_changes()[-1].reason
+
+
+def test_a_model_that_began_beside_a_warm_engine_may_know_less_than_there_is() -> None:
+    prefixes, engine = known()
+    check(prefixes, engine, reported_tokens=400, times=3 * MIN_CHECKS)
+    assert prefixes.source("e") is PrefixSource.OBSERVED
 
 
 def test_a_stream_connected_anew_is_believed_again() -> None:

@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_server import DONE, event
 
 from loadtest.answer import AnswerRecord, ClientResult, ErrorKind
+from tests.loadtest.scripted_server import DONE, event
 
 BODY = b": hello\r\n\r\n" + event() + event("é1") + event("22") + b"event: ping\ndata:\n\n" + event("3") + DONE
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from itertools import count
 
 import pytest
-from scripted_server import CLOSE, DONE, STREAM_HEAD, Received, Script, answer, event, serve, stream
 
 from loadtest.answer import ErrorKind
 from loadtest.client import AHEAD_COUNT, ClientRequest, ClientResult, LoadClient, chat_request
 from loadtest.report import Status
+from tests.loadtest.scripted_server import CLOSE, DONE, STREAM_HEAD, Received, Script, answer, event, serve, stream
 
 HELLO = chat_request("hi", model="m")
 WHOLE = chat_request("hi", model="m", is_stream=False)

@@ -11,13 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_server import CLOSE, DONE, STREAM_HEAD, Received, ScriptedServer, answer, event, serve, stream
 
 from gateway.core.types import Slo
 from loadtest.generators import generate
 from loadtest.replay import Progress, Target, main, replay
 from loadtest.report import Outcome, Status
 from loadtest.workload import TraceRequest, WorkloadError, sliced
+from tests.loadtest.scripted_server import (
+    CLOSE,
+    DONE,
+    STREAM_HEAD,
+    Received,
+    ScriptedServer,
+    answer,
+    event,
+    serve,
+    stream,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 SLO = Slo(ttft_s=5.0, tbt_s=5.0)
