@@ -44,6 +44,7 @@ ENVIRONMENT = {
     "UCX_NET_DEVICES": "lo",
 }
 READY_POLL_S = 0.25
+PROBE_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 30
 KV_ROLES = {Role.PREFILL: "kv_producer", Role.DECODE: "kv_consumer"}
 
@@ -163,13 +164,16 @@ class VllmEngine:
             raise self._start_failure(f"was not ready within {ready_timeout_s:g} s") from None
 
     async def _wait_ready(self) -> None:
-        async with aiohttp.ClientSession() as session:
+        # A connection made while the engine is only binding its port may never be answered: a new one each time.
+        connector = aiohttp.TCPConnector(force_close=True)
+        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             while self.is_running:
                 try:
                     async with session.get(f"{self.url}/health") as response:
                         if response.status == 200:
                             return
-                except aiohttp.ClientError:
+                except (aiohttp.ClientError, TimeoutError):
                     pass
                 await asyncio.sleep(READY_POLL_S)
         raise self._start_failure("ended before it was ready")
