@@ -15,7 +15,9 @@ from tests.polling import until
 
 
 @asynccontextmanager
-async def serving(handle, *, grace_s: float = 0.1, **settings: float) -> AsyncIterator[tuple[Server, web.ServerRunner, int]]:
+async def serving(
+    handle, *, grace_s: float = 0.1, **settings: float
+) -> AsyncIterator[tuple[Server, web.ServerRunner, int]]:
     fields = {"max_connections": 10, "max_header_bytes": 2048, "keepalive_s": 5.0}
     server = Server(handle, **(fields | settings))
     runner = web.ServerRunner(server, shutdown_timeout=grace_s)
