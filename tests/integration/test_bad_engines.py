@@ -111,7 +111,6 @@ GARBAGE = {
     "error event": says(CHUNKED, chunk(b'data: {"error": {"message": "oops", "code": 500}}\n\n'), chunk(DONE)),
     "endless head": flood_of_headers,
     "endless body": flood_of_body,
-    "endless event": flood_of_one_event,
 }
 
 
@@ -127,8 +126,9 @@ async def test_garbage_becomes_a_typed_502(site, engine, name, is_stream):
     await until(lambda: engine.closed >= engine.connections - 1)
 
 
-async def test_endless_comments_end_at_the_bound_or_the_time_limit(site, engine):
-    engine.script = flood_without_events
+@pytest.mark.parametrize("flood", [flood_without_events, flood_of_one_event])
+async def test_an_endless_stream_without_an_event_ends_at_the_bound_or_the_time_limit(site, engine, flood):
+    engine.script = flood
     status, _, _ = await site.post(CHAT, chat_body(stream=True))
     assert status in (502, 504)
     await until(lambda: engine.closed == engine.connections)

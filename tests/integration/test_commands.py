@@ -76,7 +76,7 @@ async def refuses(url: str) -> bool:
     host, port = url.removeprefix("http://").split(":")
     try:
         _, writer = await asyncio.open_connection(host, int(port))
-    except ConnectionRefusedError:
+    except ConnectionError:  # refused, or reset with the listener
         return True
     writer.transport.abort()
     return False
