@@ -35,7 +35,7 @@ engines: .venv-vllm/.installed
 	touch $@
 
 test-engines: install engines
-	SLUICE_REQUIRE_ENGINES=1 $(BIN)/python -m pytest -m engines -x tests/engines
+	SLUICE_REQUIRE_ENGINES=1 $(BIN)/python -m pytest -m engines tests/engines
 
 lock:
 	$(BIN)/python -m pip install --quiet uv

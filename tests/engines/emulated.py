@@ -46,8 +46,9 @@ class EmulatedEngine:
 async def emulated_fleet() -> AsyncIterator[dict[str, EmulatedEngine]]:
     """p0 (prefill, KV events) and d0 (decode), ten times as fast as the clock."""
     async with FakeCluster(speed=10) as cluster:
+        events = KvEventSettings(replay_endpoint="tcp://127.0.0.1:0")
         yield {
-            "p0": EmulatedEngine(await cluster.start(settings(Role.PREFILL, KvEventSettings()))),
+            "p0": EmulatedEngine(await cluster.start(settings(Role.PREFILL, events))),
             "d0": EmulatedEngine(await cluster.start(settings(Role.DECODE, None))),
         }
 

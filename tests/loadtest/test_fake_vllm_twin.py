@@ -28,7 +28,7 @@ PREFILL = FakeSettings(
     engine=replace(ENGINE, role=Role.PREFILL),
     model="tiny",
     has_prompt_tokens_details=True,
-    kv_events=KvEventSettings(),
+    kv_events=KvEventSettings(replay_endpoint="tcp://127.0.0.1:0"),
 )
 DECODE = replace(PREFILL, engine=replace(ENGINE, role=Role.DECODE), kv_events=None)
 
