@@ -16,6 +16,7 @@ import aiohttp
 import structlog
 
 from adapters.base import Adapter, Facts
+from gateway.control_http import bearer, read_bounded
 from gateway.core.errors import MalformedEngineData
 from gateway.core.events import EngineFound, EngineHealth, EngineLost, EngineReport
 from gateway.core.types import Engine, Health
@@ -156,15 +157,10 @@ class Watch:
 
     async def _get(self, engine: Engine, url: str, session: aiohttp.ClientSession) -> bytes:
         api_key = self._api_key(engine.id) if url.startswith(f"{engine.url}/") else None
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        async with session.get(url, headers=headers, allow_redirects=False) as response:
-            body = await response.content.read(MAX_REPORT_BYTES + 1)
-            while not response.content.at_eof() and len(body) <= MAX_REPORT_BYTES:
-                body += await response.content.readany()
+        async with session.get(url, headers=bearer(api_key), allow_redirects=False) as response:
+            body = await read_bounded(response, MAX_REPORT_BYTES)
             if response.status != 200:
                 raise MalformedEngineData(f"{url} answered with status {response.status}")
-            if len(body) > MAX_REPORT_BYTES:
-                raise MalformedEngineData(f"{url} answered with more than {MAX_REPORT_BYTES} bytes")
             return body
 
     def _is_up(self, engine_id: str) -> bool:

@@ -74,7 +74,8 @@ def chart(
 
 def ticks(low: float, high: float, *, about: int = 6) -> list[float]:
     """Round numbers that enclose the range, 1, 2 or 5 times a power of ten apart."""
-    span = high - low if high > low else 1.0
+    # A range that is nothing beside its own numbers is widened: its ticks could not be told apart.
+    span = high - low if high - low > 1e-9 * max(1.0, abs(low), abs(high)) else 1.0
     raw = span / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)

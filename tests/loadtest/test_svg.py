@@ -3,7 +3,7 @@
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from loadtest.html_page import heading, page, plots, table
@@ -11,6 +11,7 @@ from loadtest.svg import Series, chart, ticks
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+@example(0.0, 5e-324)
 def test_ticks_are_few_ascend_and_enclose_the_range(low: float, span: float) -> None:
     found = ticks(low, low + span)
     assert found == sorted(found)
