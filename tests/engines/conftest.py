@@ -24,6 +24,8 @@ PROMPTS = make_prompts(seed=3)
 """The forty prompts for whole pairs behind one address. One of this seed's answers ends with its very first token."""
 PAIR_PROMPTS = make_prompts(seed=7, lengths_tokens=(1, 128, 700, 5000))
 """Other prompts for engines addressed directly, so that neither set is in the other's prefix caches."""
+FRESH_PROMPTS = make_prompts(seed=5, lengths_tokens=(1000, 2000, 4000, 5980))
+"""For one test that needs engines busy with prompts which none of them has cached."""
 SPECS = [
     EngineSpec("p0", Role.PREFILL, publishes_kv_events=True),
     EngineSpec("p1", Role.PREFILL, publishes_kv_events=True),
@@ -74,13 +76,13 @@ def engine_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def reference_answers(
     engine_python: Path, engine_directory: Path, session: aiohttp.ClientSession
 ) -> dict[str, dict[str, Answer]]:
-    """What a single engine without KV connector answers, by prompt set (`forty`, `pair`) and prompt name.
+    """What a single engine without KV connector answers, by prompt set (`forty`, `pair`, `fresh`) and prompt name.
 
     The engine is gone before the fleet starts: five at once would be too many for two cores.
     """
     async with VllmFleet(engine_python, [EngineSpec("single")], engine_directory) as fleet:
         url = fleet["single"].url
-        sets = {"forty": PROMPTS, "pair": PAIR_PROMPTS}
+        sets = {"forty": PROMPTS, "pair": PAIR_PROMPTS, "fresh": FRESH_PROMPTS}
         return {
             name: {prompt.name: await ask(session, url, prompt) for prompt in prompts} for name, prompts in sets.items()
         }

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.core.types import Role
 from loadtest.vllm_process import BLOCK_TOKENS, VllmEngine, VllmFleet
-from tests.engines.conftest import PROMPTS, until
+from tests.engines.conftest import FRESH_PROMPTS, PROMPTS, until
 from tests.engines.metrics import Metrics, read_metrics
 from tests.engines.prompts import Answer, Prompt, ask, make_prompts, wrong_answers
 
@@ -96,12 +96,12 @@ async def test_a_prefill_engine_killed_under_load_costs_no_client_its_answer(
         return (await read_metrics(session, victim.url)).value("vllm:num_requests_running") > 0
 
     async with asyncio.TaskGroup() as tasks:
-        clients = tasks.create_task(ask_all(session, gateway, BUSY_PROMPTS, at_once=12))
+        clients = tasks.create_task(ask_all(session, gateway, FRESH_PROMPTS, at_once=12))
         assert await until(is_computing, 30)
         await victim.kill()
     answers = clients.result()
-    assert wrong_answers(answers, reference_answers["forty"]) == []
-    assert answers.keys() == {prompt.name for prompt in BUSY_PROMPTS}
+    assert wrong_answers(answers, reference_answers["fresh"]) == []
+    assert answers.keys() == {prompt.name for prompt in FRESH_PROMPTS}
 
 
 @pytest.mark.parametrize("name", ["p1", "d0"])
