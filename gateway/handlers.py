@@ -144,6 +144,8 @@ class Handlers:
             response = self._failed(request, error.status, refusal(error), exchanged)
             if error.closes_connection:
                 response.force_close()
+            if isinstance(error, MethodNotAllowed):
+                response.headers["allow"] = error.allow
         except (asyncio.CancelledError, ConnectionError):
             exchanged.outcome = "client_left"
             raise
@@ -161,7 +163,7 @@ class Handlers:
             raise NotFound(f"There is no {request.path} here.")
         method, handler = entry
         if request.method != method and not (method == "GET" and request.method == "HEAD"):
-            raise MethodNotAllowed(f"{request.path} takes {method}, not {request.method}.")
+            raise MethodNotAllowed(f"{request.path} takes {method}, not {request.method}.", allow=method)
         return handler
 
     # ---- generation -------------------------------------------------------------------------------------------------

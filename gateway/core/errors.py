@@ -54,10 +54,14 @@ class NotFound(GatewayError):
 
 
 class MethodNotAllowed(GatewayError):
-    """The path exists and takes another method."""
+    """The path exists and takes another method, named in `allow`."""
 
     status = 405
     kind = "invalid_request_error"
+
+    def __init__(self, message: str, *, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
 
 
 class UnknownModel(GatewayError):

@@ -295,6 +295,7 @@ async def test_other_methods_and_paths(pair, method, path, status):
     assert answered == status
     assert headers["x-request-id"]
     assert status == 200 or json.loads(body)["error"]["code"] == status
+    assert headers.get("allow") == ({CHAT: "POST"}.get(path, "GET") if status == 405 else None)
 
 
 async def test_no_answer_says_what_the_gateway_is_made_of(pair: Site):
