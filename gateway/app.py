@@ -161,6 +161,7 @@ async def running(config: Config) -> AsyncIterator[Gateway]:
             body_timeout_s=config.server.body_timeout_s,
             write_timeout_s=config.server.write_timeout_s,
             idle_timeout_s=client.idle_timeout_s,
+            report_stale_s=config.watch.report_stale_s,
         ),
         started_at=time.time(),
     )

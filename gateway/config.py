@@ -162,7 +162,7 @@ class WatchSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     timeout_s: Seconds = 2.0
     """Seconds after which an unanswered probe counts as a failure."""
     report_stale_s: Seconds = 3.0
-    """Age in seconds at which a report no longer says how busy an engine is; above `report_interval_s`."""
+    """Age in seconds at which `/ready` calls an engine's report stale; above `report_interval_s`."""
     failures_to_down: Annotated[int, Meta(ge=1, le=1_000)] = 3
     """Consecutive failed probes (a count) that make an engine down."""
 

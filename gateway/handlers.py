@@ -77,6 +77,7 @@ class HandlerLimits:
     body_timeout_s: float
     write_timeout_s: float
     idle_timeout_s: float
+    report_stale_s: float = 3.0
 
 
 @dataclass(slots=True)
@@ -262,6 +263,7 @@ class Handlers:
                     "reason": state.health_reason,
                     "in_flight": state.in_flight_count,
                     "report_age_s": None if state.reported_at is None else round(now - state.reported_at, 3),
+                    "report": self._report_state(state.reported_at, now),
                     "prefixes": prefixes.source(state.engine.id),
                     "prefix_agreement": agreement.ratio if (agreement := prefixes.agreement(state.engine.id)) else None,
                 }
@@ -269,6 +271,12 @@ class Handlers:
             ],
         }
         return self._json(200 if missing is None else 503, msgspec.json.encode(body), exchanged)
+
+    def _report_state(self, reported_at: float | None, now: float) -> str:
+        """Whether an engine's last report still says how busy it is: fresh, stale, or none at all."""
+        if reported_at is None:
+            return "none"
+        return "stale" if now - reported_at > self._limits.report_stale_s else "fresh"
 
     async def version(self, request: web.BaseRequest, exchanged: Exchanged) -> web.StreamResponse:
         """The version that runs."""

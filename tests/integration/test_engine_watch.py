@@ -149,6 +149,26 @@ async def test_an_engine_whose_metrics_are_garbage_serves_on_with_a_report_that_
         assert (await site.post(CHAT, chat_body()))[0] == 200
 
 
+async def test_ready_says_whether_reports_are_fresh_stale_or_none(start):
+    async with serving() as engine:
+        site = await start("", engines=[engine.settings("b0")], is_awaited=False, watch=NERVOUS)
+        await engine.is_up(site)
+
+        async def says(word: str) -> bool:
+            _, ready, _ = await site.get("/ready")
+            return ready["engines"][0]["report"] == word
+
+        await until(lambda: says("fresh"))
+        engine.probes["/metrics"] = b""
+        await until(lambda: says("stale"))
+    async with serving() as engine:
+        engine.probes["/metrics"] = b""
+        site = await start("", engines=[engine.settings("b0")], is_awaited=False, watch=NERVOUS)
+        await engine.is_up(site)
+        _, ready, _ = await site.get("/ready")
+        assert ready["engines"][0]["report"] == "none"
+
+
 async def test_an_engine_that_never_had_metrics_serves(start):
     async with serving() as engine:
         engine.probes["/metrics"] = b""
