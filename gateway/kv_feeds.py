@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -28,6 +29,9 @@ LOOK_EVERY_S = 0.2
 ASK_EVERY_S = 5.0
 TIMEOUT_S = 2.0
 MAX_ANSWER_BYTES = 2**20
+OFFLOAD_FACTOR = 4
+"""Host memory of a GPU server is a few times its device memory; blocks beyond are forgotten and counted."""
+LEAST_BLOCKS = 4096
 SEVERITY = (FeedState.LOST, FeedState.CONNECTING, FeedState.REPAIRING, FeedState.LIVE)
 """Worst first: an engine of several ranks is as well known as its worst."""
 
@@ -115,10 +119,19 @@ class KvFeeds:
             log.info("kv_events_followed", engine=engine_id, endpoints=[source.endpoint for source in sources])
 
     async def _subscribe(self, engine_id: str, sources: Sequence[KvEventSource]) -> None:
+        limits = replace(self._limits, max_blocks=self._followed_blocks(engine_id))
         async with asyncio.TaskGroup() as group:
             for source in sources:
-                subscriber = KvEventSubscriber(source, self._on_events, self._on_state(engine_id, source), self._limits)
+                subscriber = KvEventSubscriber(source, self._on_events, self._on_state(engine_id, source), limits)
                 group.create_task(subscriber.run())
+
+    def _followed_blocks(self, engine_id: str) -> int:
+        """Blocks followed per rank and tier: in proportion to the engine's own cache, for each takes memory here."""
+        engine = self._driver.engine(engine_id)
+        if engine is None or not engine.block_tokens or not engine.kv_capacity_tokens:
+            return self._limits.max_blocks
+        own_blocks = engine.kv_capacity_tokens // engine.block_tokens
+        return min(self._limits.max_blocks, max(LEAST_BLOCKS, OFFLOAD_FACTOR * own_blocks))
 
     def _on_events(self, events: Sequence[BlockEvent]) -> None:
         for event in events:
