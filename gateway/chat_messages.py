@@ -38,7 +38,6 @@ class Obstacle(StrEnum):
     BUSY = "busy"
     TIMEOUT = "timeout"
     TOKENIZER_FAILED = "tokenizer_failed"
-    ENGINE_FAILED = "engine_failed"
 
 
 class NotRenderable(Exception):

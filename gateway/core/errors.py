@@ -64,13 +64,6 @@ class MethodNotAllowed(GatewayError):
         self.allow = allow
 
 
-class UnknownModel(GatewayError):
-    """No engine serves the model."""
-
-    status = 404
-    kind = "not_found_error"
-
-
 class EngineUnavailable(GatewayError):
     """No engine could serve the request, or every attempt failed before the first byte."""
 

@@ -32,12 +32,6 @@ from gateway.core.index import PrefixIndex
 from gateway.core.observed import ObservedCache
 from gateway.core.types import BlockHashes, Engine, Request
 
-ANNOUNCED_WITHIN_S = 2.0
-"""How long a finished prefill still counts by itself: its announcement and its answer race each other."""
-
-SENT_LIMIT = 256
-"""Prompts on their way to one engine that are looked at, the latest: the default bound on requests in flight there."""
-
 
 class PrefixSource(StrEnum):
     """How an engine's cached prefixes are known."""

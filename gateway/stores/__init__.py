@@ -1,1 +1,0 @@
-"""Stores: where gateways share index and ledger."""
