@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from adapters.base import Adapter
+from adapters.sglang import Sglang
 from adapters.vllm import Vllm
 from gateway.core.errors import ConfigError
 
-ADAPTERS: Final[dict[str, type[Adapter]]] = {"vllm": Vllm}
+ADAPTERS: Final[dict[str, type[Adapter]]] = {"sglang": Sglang, "vllm": Vllm}
 
 
 def adapter(name: str) -> type[Adapter]:

@@ -13,14 +13,21 @@ from gateway.core.errors import GatewayError
 DONE_EVENT: Final = b"data: [DONE]\n\n"
 
 
-def error_body(message: str, kind: str, param: str | None = None, code: int | str | None = None) -> bytes:
-    """The JSON body of a refusal: `{"error": {"message", "type", "param", "code"}}`."""
-    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
+def error_body(
+    message: str,
+    kind: str,
+    param: str | None = None,
+    code: int | str | None = None,
+    numbers: Mapping[str, float] | None = None,
+) -> bytes:
+    """The JSON body of a refusal: `{"error": {"message", "type", "param", "code"}}`, and `numbers` where there are."""
+    error: dict[str, object] = {"message": message, "type": kind, "param": param, "code": code}
+    return msgspec.json.encode({"error": error | ({"numbers": dict(numbers)} if numbers else {})})
 
 
 def refusal(error: GatewayError) -> bytes:
-    """The JSON body of an error raised on purpose, its status as the code."""
-    return error_body(error.message, error.kind, error.param, error.status)
+    """The JSON body of an error raised on purpose, its status as the code where it has none of its own."""
+    return error_body(error.message, error.kind, error.param, error.code or error.status)
 
 
 def error_event(error: GatewayError) -> bytes:
@@ -101,6 +108,11 @@ class _ErrorBody(Struct):
     error: Error | None = None
     detail: Any = None
     """Where the web framework under an engine puts its own refusals."""
+    object: Any = None
+    message: Any = None
+    type: Any = None
+    param: Any = None
+    """SGLang's errors are flat: `{"object": "error", "message", "type", "param", "code"}`."""
 
 
 def client_error_body(status: int, body: bytes) -> bytes:
@@ -111,6 +123,15 @@ def client_error_body(status: int, body: bytes) -> bytes:
         told = _ErrorBody()
     if told.error is not None:
         return body
+    if told.object == "error" and isinstance(told.message, str):
+        return _nested(status, told)
     said = f": {told.detail}" if isinstance(told.detail, str) else ""
     message = f"The engine refused the request with status {status}{said}."
     return error_body(message, "invalid_request_error", code=status)
+
+
+def _nested(status: int, told: _ErrorBody) -> bytes:
+    """A flat error in OpenAI's shape, without the engine's own source file and line that validation errors end with."""
+    message = told.message.partition('\n\n  File "')[0]
+    kind = told.type if isinstance(told.type, str) else "invalid_request_error"
+    return error_body(message, kind, told.param if isinstance(told.param, str) else None, status)

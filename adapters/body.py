@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 import msgspec
+import numpy as np
 
 from gateway.core.errors import BadRequest
 
@@ -12,7 +13,8 @@ from gateway.core.errors import BadRequest
 MAX_DEPTH: Final = 128
 
 # Fields with which a client could reach into an engine's KV transfer or its scheduler. Several malformed shapes of them
-# kill vLLM's EngineCore or park a request for ever, so no client may send them.
+# kill vLLM's EngineCore or SGLang's scheduler (a list in `bootstrap_host`, a negative number in `input_ids`) or park a
+# request for ever, so no client may send them.
 INTERNAL_FIELDS: Final = frozenset(
     {
         "kv_transfer_params",
@@ -23,6 +25,13 @@ INTERNAL_FIELDS: Final = frozenset(
         "mm_hashes",
         "request_id",
         "rid",
+        "input_ids",
+        "input_embeds",
+        "decode_tp_size",
+        "routing_key",
+        "mm_content_hashes",
+        "session_params",
+        "custom_logit_processor",
     }
 )
 INTERNAL_PREFIX: Final = "bootstrap_"
@@ -40,7 +49,7 @@ def decode(raw: bytes) -> dict[str, object]:
         raise BadRequest(f"The body is not valid JSON: {_json_fault(str(error), len(raw))}.") from None
     if not isinstance(body, dict):
         raise BadRequest("The body must be a JSON object.")
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deeper_than(body, MAX_DEPTH):
+    if _count_brackets(raw) > MAX_DEPTH and _is_deeper_than(body, MAX_DEPTH):
         raise BadRequest(f"The body is nested too deep: more than {MAX_DEPTH} levels.")
     return body
 
@@ -58,6 +67,13 @@ def _json_fault(message: str, size: int) -> str:
     if "truncated" in message:
         return f"it ends within a value or holds half a surrogate pair (byte {size})"
     return message.removeprefix("JSON is malformed: ").replace(" - at `$[...]`", "")
+
+
+def _count_brackets(raw: bytes) -> int:
+    """How many `[` and `{` there are. The two differ in the bit of 0x20. 200 KB: 25 us; two counts, 110."""
+    if len(raw) < 8192:
+        return raw.count(b"[") + raw.count(b"{")
+    return int(np.count_nonzero((np.frombuffer(raw, np.uint8) | 0x20) == ord("{")))
 
 
 def _is_deeper_than(value: object, limit: int) -> bool:

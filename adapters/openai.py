@@ -83,8 +83,12 @@ def parse(
     """
     body = decode(raw)
     strip(body, strips_cache_salt)
+    if body.get("lora_path") is not None:  # it would say what `model` says, unseen by routing
+        raise BadRequest("`lora_path` is not taken: name the adapter in `model`.", param="lora_path")
     facts = _FACTS.get(path, _pass_through_facts)(body, raw)
-    return Payload(request_id=request_id, path=path, body=body, headers=forwarded(headers), **facts)
+    return Payload(
+        request_id=request_id, path=path, body=body, body_bytes=len(raw), headers=forwarded(headers), **facts
+    )
 
 
 def _chat_facts(body: dict[str, object], raw: bytes) -> dict[str, Any]:

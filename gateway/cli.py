@@ -10,7 +10,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gateway.core.errors import ConfigError, GatewayError
@@ -27,6 +27,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "replay": ("send a trace or a generated workload to a gateway and report", "loadtest.replay:main"),
     "fit": ("a profile from measurements, of a file or of a live engine", "loadtest.fit:main"),
     "bench": ("measure a part of Sluice on this machine", "loadtest.bench:main"),
+    "replay-journal": ("feed a journal back: what decides otherwise", "gateway.hindsight:replay_journal"),
+    "explain": ("one decision of a journal with every pair it looked at", "gateway.hindsight:explain"),
+    "hash-key": ("the hash of an API key, as the settings hold it", "gateway.cli:hash_key"),
     "check-config": ("print every setting as a configuration file resolves it", "gateway.cli:check_config"),
     "version": ("print the version", "gateway.cli:version"),
 }
@@ -58,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _choose(words: Sequence[str]) -> Callable[[Sequence[str]], int]:
-    rows = (f"  {name:<14}{summary}" for name, (summary, _) in COMMANDS.items())
+    rows = (f"  {name:<16}{summary}" for name, (summary, _) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="sluice",
         usage="sluice [-h] [--version] COMMAND ...",
@@ -89,7 +92,14 @@ def imported(target: str) -> Any:
 def serve(words: Sequence[str]) -> int:
     """Runs the gateway until it is stopped; returns its exit code. Raises ConfigError."""
     config = serve_config(words)  # before the import: a wrong flag is answered at once
+    if config.server.workers > 1 and not is_worker(os.environ):
+        return int(imported("gateway.workers:serve")(config, words))
     return int(imported("gateway.app:serve")(config))
+
+
+def is_worker(environ: Mapping[str, str]) -> bool:
+    """Whether a supervisor started this process as one of its workers."""
+    return bool(imported("gateway.seat:seat_of")(environ))
 
 
 def serve_config(words: Sequence[str]) -> Config:
@@ -100,6 +110,7 @@ def serve_config(words: Sequence[str]) -> Config:
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings; flags win over it")
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that serve the port (default 1)")
     for role, what in (
         ("prefill", "a prefill engine"),
         ("decode", "a decode engine"),
@@ -108,6 +119,10 @@ def serve_config(words: Sequence[str]) -> Config:
         parser.add_argument(f"--{role}", metavar="URL", action="append", default=[], help=f"{what}; repeatable")
     parser.add_argument("--log-format", choices=[*LogFormat])
     parser.add_argument("--journal", metavar="FILE", help="write every event and decision there")
+    parser.add_argument("--slo-ttft-ms", type=float, metavar="MS", help="bound on the first token, where none is asked")
+    parser.add_argument("--slo-tbt-ms", type=float, metavar="MS", help="bound on the slowest tenth of token gaps")
+    parser.add_argument("--policy", metavar="NAME", help="which feasible pair is chosen (default least_work)")
+    parser.add_argument("--admission", metavar="NAME", help="whom to refuse although he could be served (default none)")
     flags = parser.parse_args(words)
     config = from_flags(
         prefill_urls=flags.prefill,
@@ -115,8 +130,13 @@ def serve_config(words: Sequence[str]) -> Config:
         engine_urls=flags.engine,
         host=flags.host,
         port=flags.port,
+        workers=flags.workers,
         log_format=flags.log_format,
         journal=flags.journal,
+        slo_ttft_ms=flags.slo_ttft_ms,
+        slo_tbt_ms=flags.slo_tbt_ms,
+        policy=flags.policy,
+        admission=flags.admission,
         base=load_file(flags.config) if flags.config is not None else Config(),
     )
     if not config.engines and config.discovery.file is None:
@@ -134,6 +154,27 @@ def check_config(words: Sequence[str]) -> int:
     file.add_argument("--config", metavar="FILE", help="the same")
     flags = parser.parse_args(words)
     print(render(load_file(flags.config if flags.file is None else flags.file)), end="")
+    return 0
+
+
+def hash_key(words: Sequence[str]) -> int:
+    """Prints the hash of a key that is read from standard input, never from the command line; returns 0."""
+    import getpass
+    import secrets
+
+    from gateway import auth
+
+    parser = argparse.ArgumentParser(prog="sluice hash-key", description="Read an API key, print its SHA-256.")
+    parser.add_argument("--new", action="store_true", help="make a key, and print it before its hash")
+    flags = parser.parse_args(words)
+    if flags.new:
+        key = f"sk-{secrets.token_urlsafe(32)}"
+        print(key)
+    else:
+        key = (getpass.getpass("API key: ") if sys.stdin.isatty() else sys.stdin.readline()).strip()
+    if not key:
+        raise ConfigError("hash-key: expected a key on standard input")
+    print(auth.hash_key(key).hex())
     return 0
 
 

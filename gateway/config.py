@@ -9,6 +9,7 @@ In a string `${NAME}` stands for an environment variable; `$${` is a literal `${
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, TypeVar
@@ -19,6 +20,8 @@ from msgspec.structs import replace
 from gateway import toml
 from gateway.core.errors import ConfigError
 from gateway.core.types import Role
+from gateway.store_settings import StoreName, StoreSettings
+from gateway.tenants import AuthSettings, ModelSettings, SloSettings, TenantSettings
 from gateway.toml import Secret
 from gateway.url import DNS_SCHEME, Address, parse_address
 
@@ -54,6 +57,21 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+class OtlpProtocol(StrEnum):
+    """How spans travel to the collector."""
+
+    HTTP = "http"
+    GRPC = "grpc"
+
+
+class Access(StrEnum):
+    """Who may look at what the gateway tells about itself."""
+
+    OFF = "off"
+    LOOPBACK = "loopback"
+    ALL = "all"
+
+
 class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where clients connect and what one of them may cost."""
 
@@ -61,6 +79,8 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Address or host name to listen on; `0.0.0.0` is every IPv4 interface."""
     port: Annotated[int, Meta(ge=0, le=65_535)] = 8000
     """TCP port, 0 to 65535; 0 takes a free one."""
+    workers: Annotated[int, Meta(ge=1, le=256)] = 1
+    """Processes that serve the port, a count from 1 to 256; they share one view."""
     max_body_bytes: Bytes = 64 * 2**20
     """Largest request body in bytes; a larger one is answered 413 without being read to its end."""
     max_header_bytes: Annotated[int, Meta(ge=1_024, le=2**20)] = 16_384
@@ -71,6 +91,8 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Connections the kernel holds before they are accepted (`listen(2)`)."""
     keepalive_s: Seconds = 75.0
     """Seconds an idle client connection stays open."""
+    header_timeout_s: Seconds = 10.0
+    """Seconds from the first byte of a request's head to its end; after that it is answered 408."""
     body_timeout_s: Seconds = 30.0
     """Seconds without a byte after which a request whose body is not complete is answered 408."""
     write_timeout_s: Seconds = 60.0
@@ -91,7 +113,12 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     adapter: Name = "vllm"
     """Which engine it is: a name in the table of adapters, or `module:Class`; at most 256 characters."""
     connector: Name = "nixl"
-    """How it hands KV blocks on; at most 256 characters."""
+    """How it hands KV blocks on: nixl, mooncake, store ..., or the engine's own word for it; at most 256 characters."""
+    transfer_address: (
+        Annotated[str, Meta(pattern=r"\Ahttps?://[^\s/?#@]+\Z", description="an http or https URL without a path")]
+        | None
+    ) = None
+    """Its connector's bootstrap server where it has one (an http URL); not set: the default port there."""
     pool: Name = "default"
     """Engines hand off only within a pool (same model, version and connector); at most 256 characters."""
     api_key: Secret | None = None
@@ -120,6 +147,10 @@ class EngineSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Requests sent to it at once; not set: `admission.max_in_flight_per_engine`."""
     data_parallel_size: Annotated[int, Meta(ge=1, le=1_024)] = 1
     """Data-parallel ranks behind the URL, as a count."""
+    vocabulary_tokens: Count | None = None
+    """Token ids of the model, as a count: SGLang dies of a client's id beyond them; not set: not checked."""
+    bootstrap_port: Annotated[int, Meta(ge=1, le=65_535)] | None = None
+    """TCP port (1 to 65535) of an SGLang prefill engine's bootstrap server; not set: the engine tells its port."""
 
 
 class DiscoverySettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -176,16 +207,36 @@ class AdmissionSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Requests waiting in the gateway at once; 0 refuses instead of waiting."""
     max_wait_s: Seconds = 30.0
     """Seconds a request may wait in the gateway before it is refused."""
+    rule: Name = "sluice"
+    """Whom to refuse although an engine could serve him: a name in the table of rules, or `module:Class`; at most 256
+    characters."""
+    rule_settings: Mapping[str, object] = {}
+    """Fields of that rule, with its own units and ranges."""
+    max_starve_s: Seconds = 10.0
+    """Seconds after which a class of requests that waits gets a turn, whatever goes before it."""
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
     """Attempts per request (a count), the first included."""
     lease_s: Seconds = 25.0
     """Seconds from the end of the prefill to decode's first sign; keep below vLLM's kv_lease_duration (30 s)."""
 
 
+class ContinuationSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Streams whose engine dies after the first token: another engine says the rest, where the request allows it."""
+
+    is_on: bool = True
+    """true or false: broken streams are continued; false: each ends with an error event."""
+    asks_for_ids: bool = True
+    """true or false: token ids are asked of the engines (and hidden from clients), so that the rest is exact."""
+    max_stream_bytes: Bytes = 2**20
+    """Most bytes kept of one stream's events (some 200 each); a longer stream is no longer continued."""
+    max_bytes: Bytes = 256 * 2**20
+    """Most bytes kept of all streams together."""
+
+
 class PolicySettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Which feasible pair is chosen."""
 
-    name: Name = "least_work"
+    name: Name = "sluice"
     """A name in the table of policies, or `module:Class`; at most 256 characters."""
     settings: Mapping[str, object] = {}
     """Fields of that policy, with its own units and ranges."""
@@ -240,6 +291,44 @@ class TokenSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """First guess for estimating lengths, in characters per token."""
 
 
+class TelemetrySettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the gateway tells about each request. Decisions and metrics hold names and numbers, never prompt text."""
+
+    endpoint: (
+        Annotated[str, Meta(pattern=r"\Ahttps?://[^\s/?#@]+(/\S*)?\Z", description="an http or https URL")] | None
+    ) = None
+    """URL of the OTLP collector that takes spans, such as `http://127.0.0.1:4318`; not set: no spans are made."""
+    protocol: OtlpProtocol = OtlpProtocol.HTTP
+    """One of http, grpc; headers, compression and certificates are read from the usual `OTEL_EXPORTER_OTLP_*`."""
+    sample_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    """Share of requests whose trace begins here that are recorded, 0 to 1; a caller's trace is recorded as it says."""
+    service_name: Name = "sluice"
+    """The `service.name` of spans, at most 256 characters."""
+    queue_requests: Count = 2_048
+    """Requests whose spans wait for the collector, at most; the spans of those beyond are dropped and counted."""
+    timeout_s: Seconds = 5.0
+    """Seconds an export may take with its repetitions; then its spans are dropped and counted."""
+    prompt_text: bool = False
+    """true or false: spans hold the prompt's text, cut at 32768 characters. Nothing else ever does."""
+    kept_requests: Annotated[int, Meta(ge=1, le=100_000)] = 2_048
+    """Finished requests that can be explained, the last so many."""
+    max_tenants: Annotated[int, Meta(ge=1, le=10_000)] = 50
+    """Tenants (a count) with a metric label of their own; those that come after are counted together as `other`."""
+    metrics: Access = Access.ALL
+    """Who may read `/metrics`: one of off, loopback, all."""
+    decisions: Access = Access.LOOPBACK
+    """Who may read `/v1/sluice/decisions`: one of off, loopback (clients on this machine), all."""
+
+
+class DashboardSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The live page at `/dashboard`."""
+
+    access: Access = Access.LOOPBACK
+    """Who may open it: one of off, loopback (clients on this machine), all."""
+    max_viewers: Annotated[int, Meta(ge=1, le=10_000)] = 32
+    """Pages (a count) that are kept up to date at once; one beyond is told to come back later."""
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All settings; every table may be left out."""
 
@@ -255,6 +344,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[watch]`."""
     admission: AdmissionSettings = AdmissionSettings()
     """`[admission]`."""
+    continuation: ContinuationSettings = ContinuationSettings()
+    """`[continuation]`."""
     policy: PolicySettings = PolicySettings()
     """`[policy]`."""
     predictor: PredictorSettings = PredictorSettings()
@@ -267,6 +358,20 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`[index]`."""
     tokens: TokenSettings = TokenSettings()
     """`[tokens]`."""
+    store: StoreSettings = StoreSettings()
+    """`[store]`."""
+    telemetry: TelemetrySettings = TelemetrySettings()
+    """`[telemetry]`."""
+    dashboard: DashboardSettings = DashboardSettings()
+    """`[dashboard]`."""
+    slo: SloSettings = SloSettings()
+    """`[slo]`."""
+    auth: AuthSettings = AuthSettings()
+    """`[auth]`."""
+    models: tuple[ModelSettings, ...] = ()
+    """`[[models]]`: one table per model that is promised something of its own, at most 10000."""
+    tenants: tuple[TenantSettings, ...] = ()
+    """`[[tenants]]`: one table per tenant, at most 10000."""
 
 
 class EngineList(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -297,6 +402,13 @@ def render(config: Config) -> str:
     return toml.render(config)
 
 
+def for_journal(config: Config) -> str:
+    """The settings as TOML from which a journal of this run can be fed back: without what could be a secret."""
+    tenants = tuple(replace(tenant, key_hashes=()) for tenant in config.tenants)
+    engines = tuple(replace(engine, api_key=None) for engine in config.engines)
+    return render(replace(config, tenants=tenants, engines=engines))
+
+
 def resolve(config: Config) -> Config:
     """The same settings with dependent defaults filled in. Raises ConfigError where two settings contradict."""
     engines = resolve_engines(config.engines, max_in_flight=config.admission.max_in_flight_per_engine)
@@ -304,6 +416,9 @@ def resolve(config: Config) -> Config:
     if config.discovery.file is None:
         _refuse_lonely_roles(engines)
     _refuse_time_order(config)
+    if config.store.name is StoreName.REDIS and config.store.url is None:
+        raise ConfigError("store.url: missing; store.name is redis")
+    _refuse_unclear_tenants(config)
     return replace(config, engines=engines)
 
 
@@ -322,8 +437,13 @@ def from_flags(
     engine_urls: Sequence[str] = (),
     host: str | None = None,
     port: int | None = None,
+    workers: int | None = None,
     log_format: str | None = None,
     journal: str | None = None,
+    slo_ttft_ms: float | None = None,
+    slo_tbt_ms: float | None = None,
+    policy: str | None = None,
+    admission: str | None = None,
     base: Config | None = None,
 ) -> Config:
     """`base` (default: all defaults) with what was given on the command line; any engine URL replaces all its engines.
@@ -343,11 +463,28 @@ def from_flags(
         replace(
             config,
             engines=engines or config.engines,
-            server=_override(_override(config.server, "host", host, "--host"), "port", port, "--port"),
+            server=_override(
+                _override(_override(config.server, "host", host, "--host"), "port", port, "--port"),
+                "workers",
+                workers,
+                "--workers",
+            ),
             log=_override(config.log, "format", log_format, "--log-format"),
             journal=_override(config.journal, "path", journal, "--journal"),
+            policy=_override(config.policy, "name", policy, "--policy"),
+            admission=_override(config.admission, "rule", admission, "--admission"),
+            slo=_override(
+                _override(config.slo, "ttft_s", _seconds(slo_ttft_ms), "--slo-ttft-ms"),
+                "tbt_s",
+                _seconds(slo_tbt_ms),
+                "--slo-tbt-ms",
+            ),
         )
     )
+
+
+def _seconds(value_ms: float | None) -> float | None:
+    return None if value_ms is None else value_ms / 1e3
 
 
 def _override(table: _Table, key: str, value: object, flag: str) -> _Table:
@@ -358,7 +495,7 @@ def _resolve_engine(engine: EngineSettings, max_in_flight: int, path: str) -> En
     address = parse_address(engine.url, f"{path}.url")
     if address.scheme == DNS_SCHEME and engine.id not in ("", address.netloc):
         raise ConfigError(f"{path}.id: a {DNS_SCHEME}:// URL stands for many engines, whose ids are their addresses")
-    if address.scheme == DNS_SCHEME and (engine.metrics_url or engine.kv_events_endpoint):
+    if address.scheme == DNS_SCHEME and (engine.metrics_url or engine.kv_events_endpoint or engine.transfer_address):
         raise ConfigError(f"{path}: a {DNS_SCHEME}:// URL stands for many engines, which cannot share one endpoint")
     limit = max_in_flight if engine.max_in_flight is None else engine.max_in_flight
     return replace(engine, url=address.url, id=engine.id or address.netloc, max_in_flight=limit)
@@ -412,3 +549,27 @@ def _refuse_time_order(config: Config) -> None:
             f"watch.report_stale_s: {watch.report_stale_s} must be over report_interval_s "
             f"({watch.report_interval_s}), or every report is stale before the next"
         )
+
+
+def _refuse_unclear_tenants(config: Config) -> None:
+    """A request must be of one tenant, and each tenant's classes among those there are."""
+    for kind, names in (
+        ("models[{}].name", [model.name for model in config.models]),
+        ("tenants[{}].name", [tenant.name for tenant in config.tenants]),
+    ):
+        for row, name in enumerate(names):
+            if names.index(name) != row:
+                raise ConfigError(f"{kind.format(row)}: {toml.show(name)} is {kind.format(names.index(name))} already")
+    owners: dict[Secret, int] = {}
+    for row, tenant in enumerate(config.tenants):
+        for key_hash in tenant.key_hashes:
+            if not re.fullmatch(r"[0-9a-f]{64}", key_hash.reveal()):  # not shown: it may be the key itself
+                raise ConfigError(f"tenants[{row}].key_hashes: expected the 64 digits that `sluice hash-key` prints")
+            if owners.setdefault(key_hash, row) != row:
+                raise ConfigError(f"tenants[{row}].key_hashes: a key of tenants[{owners[key_hash]}] is here again")
+        if tenant.max_priority is not None and tenant.max_priority > config.slo.max_priority:
+            raise ConfigError(f"tenants[{row}].max_priority: is over slo.max_priority ({config.slo.max_priority})")
+    if config.slo.default_priority > config.slo.max_priority:
+        raise ConfigError(f"slo.default_priority: is over slo.max_priority ({config.slo.max_priority})")
+    if config.auth.tenant_header is not None and not config.auth.trusted_networks:
+        raise ConfigError("auth.trusted_networks: missing; auth.tenant_header is believed only from these")

@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
@@ -34,6 +35,8 @@ def tables() -> Iterator[tuple[str, type[msgspec.Struct]]]:
     for field in msgspec.structs.fields(Config):
         if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             yield f"[{field.name}]", field.type
+        elif field.name != "engines":
+            yield f"[[{field.name}]]", get_args(field.type)[0]
 
 
 def default_of(field: msgspec.structs.FieldInfo) -> str:

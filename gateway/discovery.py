@@ -32,6 +32,10 @@ Resolver: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
 _log = structlog.get_logger("sluice.discovery")
 
 
+_DETAILS = ("bootstrap_port", "vocabulary_tokens")
+"""Settings of an engine that only its adapter reads."""
+
+
 def engine_of(settings: EngineSettings) -> Engine:
     """The core's view of a configured engine; what only the engine can tell is not known yet."""
     return Engine(
@@ -40,8 +44,10 @@ def engine_of(settings: EngineSettings) -> Engine:
         role=settings.role,
         adapter=settings.adapter,
         connector=settings.connector,
+        transfer_address=settings.transfer_address,
         pool=settings.pool,
         max_in_flight=settings.max_in_flight,
+        details={name: value for name in _DETAILS if (value := getattr(settings, name)) is not None},
     )
 
 

@@ -6,16 +6,18 @@ Everything runs on one event loop, and between reading state and recording a dec
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 import structlog
 
-from gateway.core.events import Event, Left
+from gateway.core.events import Event, Left, PrefillDone
 from gateway.core.scheduler import Scheduler
-from gateway.core.types import Decision, Dispatch, Engine, Reject, Request, Wait
+from gateway.core.types import Decision, Dispatch, Engine, Estimate, HandOff, Reject, Request, Wait
 from gateway.journal import Journal
+from gateway.records import KEPT_CANDIDATES, Recorder
 
 log = structlog.get_logger("sluice.driver")
 
@@ -27,19 +29,48 @@ class Decided:
     decision: Dispatch | Reject
     decision_s: float
     """Time spent deciding, without the wait."""
+    waited_s: float = 0.0
+    """From the request's arrival to the decision, earlier attempts and the wait included."""
+
+
+class Listener(Protocol):
+    """Hears what this gateway does, to tell other gateways. Never waits, never fails."""
+
+    def sent(self, request: Request, estimate: Estimate, *, now: float) -> None:
+        """A request was dispatched."""
+        ...
+
+    def told(self, event: Event, *, now: float) -> None:
+        """Something happened, and the scheduler knows."""
+        ...
+
+    def ended(self, request_id: str, *, is_finished: bool, now: float) -> None:
+        """A request holds nothing any more."""
+        ...
 
 
 class Driver:
     """Turns `Scheduler` into awaitable decisions."""
 
-    def __init__(self, scheduler: Scheduler, journal: Journal, *, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        journal: Journal,
+        *,
+        clock: Callable[[], float] | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self.journal = journal
+        self.listener: Listener | None = None
+        """Who tells other gateways; None: there are none."""
+        self.recorder = recorder or Recorder(kept_count=1)
+        self.scheduler.kept_candidates = KEPT_CANDIDATES if recorder else 0
         self._loop = asyncio.get_running_loop()
         self._clock = clock or self._loop.time
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
-        self._waiters: dict[str, asyncio.Future[Dispatch | Reject]] = {}
+        self._waiters: dict[str, asyncio.Future[Dispatch | Reject | HandOff]] = {}
 
     def now(self) -> float:
         """The instant every decision and event is stamped with, seconds."""
@@ -50,14 +81,29 @@ class Driver:
         state = self.scheduler.cluster.engines.get(engine_id)
         return None if state is None else state.engine
 
+    def adapter_name(self, engine_id: str) -> str | None:
+        """Which kind of engine it is; None when it left. May be asked from any thread."""
+        state = self.scheduler.cluster.engines.get(engine_id)
+        return None if state is None else state.engine.adapter
+
     def apply(self, event: Event) -> None:
         """Tells the scheduler what happened, now."""
         now = self._clock()
         self.journal.event(event, now)
         self.scheduler.apply(event, now=now)
-        for change in self.scheduler.prefixes.take_changes():
-            say = log.warning if change.is_worse else log.info
-            say("prefixes_known_by", engine=change.engine_id, source=change.source, reason=change.reason)
+        self.recorder.event(event, now=now)
+        if self.listener is not None:
+            self.listener.told(event, now=now)
+        self._announce_changes()
+        self._arm(now)
+
+    def follow(self, events: Iterable[Event]) -> None:
+        """Tells the scheduler what other gateways did or heard, now."""
+        now = self._clock()
+        for event in events:
+            self.journal.event(event, now)
+            self.scheduler.apply(event, now=now)
+        self._announce_changes()
         self._arm(now)
 
     async def decide(self, request: Request) -> Decided:
@@ -67,18 +113,45 @@ class Driver:
         decision = self.scheduler.decide(request, now=now)
         decision_s = perf_counter() - began_s
         self.journal.decided(request, decision, now)
+        self._tell(request, decision, now)
+        candidates = self.scheduler.candidates.get(request.id)
+        self.recorder.decided(decision, candidates, attempt=request.attempt, decision_s=decision_s, now=now)
         if not isinstance(decision, Wait):
-            return Decided(decision, decision_s)
-        waiter: asyncio.Future[Dispatch | Reject] = self._loop.create_future()
+            return Decided(decision, decision_s, now - request.arrived_at)
+        waiter: asyncio.Future[Dispatch | Reject | HandOff] = self._loop.create_future()
         self._waiters[request.id] = waiter
         self._arm(now)
         try:
-            return Decided(await waiter, decision_s)
+            decided = await waiter
+            assert not isinstance(decided, HandOff), "nothing was sent yet"
+            return Decided(decided, decision_s, self._clock() - request.arrived_at)
         except asyncio.CancelledError:
             self.apply(Left(request.id))
             raise
         finally:
             del self._waiters[request.id]
+
+    async def prefilled(self, event: PrefillDone) -> HandOff | Reject | None:
+        """Tells that a prefill is done and waits to be told where it decodes; None: as it was dispatched.
+
+        Cancelling it gives up the wait and nothing else: whoever cancels says what became of the request.
+        """
+        waiter: asyncio.Future[Dispatch | Reject | HandOff] = self._loop.create_future()
+        self._waiters[event.request_id] = waiter
+        try:
+            self.apply(event)
+            if not self.scheduler.is_between(event.request_id):
+                return None
+            decided = await waiter
+            assert not isinstance(decided, Dispatch), "it was dispatched before"
+            return decided
+        finally:
+            del self._waiters[event.request_id]
+
+    def _announce_changes(self) -> None:
+        for change in self.scheduler.prefixes.take_changes():
+            say = log.warning if change.is_worse else log.info
+            say("prefixes_known_by", engine=change.engine_id, source=change.source, reason=change.reason)
 
     def close(self) -> None:
         """Stops the timer. Waiting requests are left to their own cancellation."""
@@ -103,9 +176,21 @@ class Driver:
         now = self._clock()
         decisions = self.scheduler.wake(now=now)
         self.journal.woke(decisions, now)
+        self.recorder.woke(decisions, self.scheduler.candidates, now=now)
         for decision in decisions:
+            reservation = self.scheduler.cluster.reservations.get(decision.request_id)
+            self._tell(None if reservation is None else reservation.request, decision, now)
             self._deliver(decision)
         self._arm(now)
+
+    def _tell(self, request: Request | None, decision: Decision, now: float) -> None:
+        """A dispatch, or a refusal of a request that had been dispatched, goes to the other gateways."""
+        if self.listener is None:
+            return
+        if isinstance(decision, Dispatch) and request is not None:
+            self.listener.sent(request, decision.estimate, now=now)
+        elif isinstance(decision, Reject):
+            self.listener.ended(decision.request_id, is_finished=False, now=now)
 
     def _deliver(self, decision: Decision) -> None:
         waiter = self._waiters.get(decision.request_id)

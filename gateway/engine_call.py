@@ -67,8 +67,12 @@ class EngineCall:
         report: Callable[[Happening | StaleConnection], None],
         *,
         is_whole: bool,
+        on_hang_up: Callable[[Call], None] = lambda call: None,
     ) -> None:
-        """`is_whole`: nothing of the answer comes before all of it is generated."""
+        """`is_whole`: nothing of the answer comes before all of it is generated.
+
+        `on_hang_up` hears of the call when its connection is closed before its end.
+        """
         self.call = call
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
@@ -76,7 +80,11 @@ class EngineCall:
         self._connect_timeout_s = limits.connect_timeout_s
         self._max_bytes = limits.max_response_bytes
         self._report = report
+        self._on_hang_up = on_hang_up
         self._limit_s = limits.answer_timeout_s if is_whole else limits.first_event_timeout_s
+        self._limit_cause = Cause.HEAD_TIMEOUT
+        if call.first_event_within_s is not None and call.first_event_within_s < self._limit_s:
+            self._limit_s, self._limit_cause = call.first_event_within_s, Cause.LEASE
         self._connection: EngineConnection | None = None
         self._held = bytearray()
         self._seen = 0
@@ -101,9 +109,10 @@ class EngineCall:
             return
         self._connection = connection
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(self._limit_s, self._timed_out, self._limit_s)
-        if self.call.head_within_s is not None and self.call.head_within_s < self._limit_s:
-            self._head_timer = loop.call_later(self.call.head_within_s, self._timed_out, self.call.head_within_s)
+        self._timer = loop.call_later(self._limit_s, self._timed_out, self._limit_cause, self._limit_s)
+        within_s = self.call.head_within_s
+        if within_s is not None and within_s < self._limit_s:
+            self._head_timer = loop.call_later(within_s, self._timed_out, Cause.LEASE, within_s)
         connection.send(request_head, self.call.body, self)
 
     def take_held(self) -> bytes:
@@ -129,6 +138,7 @@ class EngineCall:
         self._stop_timer()
         if self._connection is not None and not self._is_ended:
             self._connection.abort()
+            self._on_hang_up(self.call)
         self._connection = None
 
     def pause(self) -> None:
@@ -158,8 +168,17 @@ class EngineCall:
         if self._relay is None and not self._is_closed:
             self._drop(Cause.LOST, detail)
 
-    def _timed_out(self, limit_s: float) -> None:
-        self._drop(Cause.HEAD_TIMEOUT, f"no answer in {limit_s:g} s")
+    def expect(self, within_s: float) -> None:
+        """From now on the first event has to come within this time, unless its own limit ends before."""
+        if self._timer is None or self._is_reported or self._is_closed:
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() + within_s < self._timer.when():
+            self._timer.cancel()
+            self._timer = loop.call_later(within_s, self._timed_out, Cause.LEASE, within_s)
+
+    def _timed_out(self, cause: Cause, limit_s: float) -> None:
+        self._drop(cause, f"no answer in {limit_s:g} s")
 
     def _drop(self, cause: Cause, detail: str) -> None:
         """Hangs up and says why; a relay that was about to begin hears it too."""

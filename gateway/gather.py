@@ -19,6 +19,7 @@ from gateway.core.blocks import hash_prompt
 from gateway.core.types import BlockHashes, Request
 from gateway.driver import Driver
 from gateway.engine_tokenizers import EngineTokenizers
+from gateway.slo import Promise
 from gateway.tokens import PromptTokens, Tokenised, TokenSource
 
 MAX_CHECKED_MODELS = 1024
@@ -33,6 +34,11 @@ class Gathered:
     request: Request
     payload: Payload
     tokenised: Tokenised
+
+    def promised(self, promise: Promise, tenant: str) -> Gathered:
+        """The same with what it is promised, and whose it is."""
+        request = replace(self.request, slo=promise.slo, priority=promise.priority, tenant=tenant)
+        return replace(self, request=request)
 
 
 class Gather:

@@ -8,9 +8,9 @@ the explain headers.
 from __future__ import annotations
 
 import asyncio
-import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from secrets import token_hex
 
@@ -19,10 +19,12 @@ import structlog
 from aiohttp import web
 
 from adapters.answers import error_body, models_body, refusal
-from adapters.base import Retry
+from adapters.base import Payload, Retry
 from adapters.headers import client_request_id
 from adapters.openai import CHAT, COMPLETIONS, parse
+from gateway.auth import Auth, Tenant
 from gateway.body import read_body
+from gateway.continuation import Continuation
 from gateway.core.admission import refuse_missing_role
 from gateway.core.errors import (
     EngineTimeout,
@@ -32,13 +34,27 @@ from gateway.core.errors import (
     NotFound,
 )
 from gateway.core.events import Progress
-from gateway.core.types import Dispatch, Reject, RejectReason, Request
+from gateway.core.types import Dispatch, Reject, RejectReason, Request, Slo
+from gateway.decisions import log_line
 from gateway.dispatch import Dispatcher, Refused, Streamed, StreamEnd, Whole
 from gateway.driver import Decided, Driver
 from gateway.engine_call import EngineCall
+from gateway.explain import (
+    REFUSAL_KIND,
+    REFUSAL_PARAM,
+    REFUSAL_STATUS,
+    as_members,
+    dispatch_headers,
+    refusal_headers,
+    refusal_ms,
+)
 from gateway.gather import Gather, Gathered
-from gateway.relay import StreamRelay
+from gateway.insight import Insight
+from gateway.records import Outcome, RequestRecord, Trail
+from gateway.relay import RelayTotals, StreamRelay
 from gateway.server import SERVER_NAME
+from gateway.slo import DeadlinePast, Promises
+from gateway.tenants import AuthSettings, SloSettings
 
 log = structlog.get_logger("sluice.request")
 
@@ -53,18 +69,8 @@ PASSED_THROUGH = (
 )
 """Routes that one engine serves alone: no hand-off."""
 
-REFUSAL_STATUS = {
-    RejectReason.NO_PREFILL: 503,
-    RejectReason.NO_DECODE: 503,
-    RejectReason.UNKNOWN_MODEL: 404,
-    RejectReason.PROMPT_TOO_LONG: 400,
-    RejectReason.QUEUE_FULL: 429,
-    RejectReason.WAITED_TOO_LONG: 429,
-    RejectReason.TOO_MANY_ATTEMPTS: 502,
-    RejectReason.TTFT_SLO: 429,
-    RejectReason.TBT_SLO: 429,
-}
-REFUSAL_KIND = {400: "invalid_request_error", 404: "not_found_error", 429: "rate_limit_error"}
+UNLOGGED = ("/health", "/ready")
+"""Asked again and again by machines; so is what the gateway tells about itself."""
 
 Handler = Callable[[web.BaseRequest, "Exchanged"], Awaitable[web.StreamResponse]]
 
@@ -89,39 +95,60 @@ class Exchanged:
     echoed_id: str
     """The client's own where it gave a sound one."""
     began_at: float
-    model: str | None = None
-    outcome: str = "error"
-    dispatch: Dispatch | None = None
+    outcome: Outcome = Outcome.ERROR
+    reason: str = ""
+    tenant: str | None = None
+    slo: Slo = field(default_factory=Slo)
+    worker: int | None = None
+    """Which of several processes answers; None: there is one."""
+    trail: Trail | None = None
+    """Of a request for tokens: what is known of it so far."""
 
     def headers(self) -> dict[str, str]:
         """Headers of every answer."""
-        return {"server": SERVER_NAME, "x-request-id": self.echoed_id}
+        which = {} if self.worker is None else {"x-sluice-worker": str(self.worker)}
+        return {"server": SERVER_NAME, "x-request-id": self.echoed_id} | which
 
 
 def explain(exchanged: Exchanged, decided: Decided, dispatch: Dispatch) -> dict[str, str]:
     """The headers that say which pair was chosen, how fast, and what was predicted."""
-    estimate = dispatch.estimate
-    return exchanged.headers() | {
-        "x-sluice-prefill": estimate.prefill,
-        "x-sluice-decode": estimate.decode,
-        "x-sluice-decision-us": str(round(decided.decision_s * 1e6)),
-        "x-sluice-attempts": str(dispatch.attempt),
-        "x-sluice-predicted-ttft-ms": f"{estimate.ttft_s * 1e3:.1f}",
-        "x-sluice-cached-tokens": str(estimate.cached_tokens),
-    }
+    return exchanged.headers() | dispatch_headers(decided, dispatch)
 
 
 class Handlers:
     """The routes. Call it with a request."""
 
     def __init__(
-        self, driver: Driver, dispatcher: Dispatcher, gather: Gather, limits: HandlerLimits, *, started_at: float
+        self,
+        driver: Driver,
+        dispatcher: Dispatcher,
+        gather: Gather,
+        limits: HandlerLimits,
+        *,
+        started_at: float,
+        auth: Auth | None = None,
+        promises: Promises | None = None,
+        unix_clock: Callable[[], float] = time.time,
+        store_status: Callable[[], Mapping[str, object]] = dict,
+        worker: int | None = None,
+        relayed: RelayTotals | None = None,
     ) -> None:
+        """Without `auth` every request is the tenant `default`'s; without `promises` only headers promise anything.
+        `store_status` says how the store stands that this gateway shares with others, `worker` which of
+        several processes this is."""
+        self._store_status = store_status
+        self._worker = worker
         self._driver = driver
         self._dispatcher = dispatcher
         self._gather = gather
         self._limits = limits
+        self._auth = auth or Auth(AuthSettings())
+        self._promises = promises or Promises(SloSettings())
+        self._unix_clock = unix_clock
         self._started_at = started_at
+        self._relayed = relayed or RelayTotals()
+        self.insight: Insight | None = None
+        """What the gateway tells about itself; set once all that it tells of exists."""
         self._routes: Mapping[str, tuple[str, Handler]] = {
             CHAT: ("POST", self.generate),
             COMPLETIONS: ("POST", self.generate),
@@ -136,30 +163,33 @@ class Handlers:
         """Serves one request; every failure becomes an answer, unless the client is gone."""
         request_id = token_hex(16)
         echoed_id = client_request_id(list(request.headers.items())) or request_id
-        exchanged = Exchanged(request_id, echoed_id, self._driver.now())
+        exchanged = Exchanged(request_id, echoed_id, self._driver.now(), worker=self._worker)
         response: web.StreamResponse | None = None
         try:
             response = await self._route(request)(request, exchanged)
         except GatewayError as error:
-            exchanged.outcome = error.kind
+            exchanged.outcome = Outcome.BAD_REQUEST if error.status < 500 else Outcome.ERROR
+            exchanged.reason = error.kind
             response = self._failed(request, error.status, refusal(error), exchanged)
             if error.closes_connection:
                 response.force_close()
             if isinstance(error, MethodNotAllowed):
                 response.headers["allow"] = error.allow
         except (asyncio.CancelledError, ConnectionError):
-            exchanged.outcome = "client_left"
+            exchanged.outcome = Outcome.CLIENT_LEFT
             raise
         except Exception:
             log.exception("unexpected failure", request_id=request_id)
             body = error_body("The gateway failed to serve this request.", "internal_error", code=500)
             response = self._failed(request, 500, body, exchanged)
         finally:
-            self._log(request, exchanged, response)
+            self._over(request, exchanged, response)
         return response
 
     def _route(self, request: web.BaseRequest) -> Handler:
         entry = self._routes.get(request.path)
+        if entry is None and self.insight is not None and self.insight.find(request.path) is not None:
+            entry = "GET", self.look
         if entry is None:
             raise NotFound(f"There is no {request.path} here.")
         method, handler = entry
@@ -171,19 +201,49 @@ class Handlers:
 
     async def generate(self, request: web.BaseRequest, exchanged: Exchanged) -> web.StreamResponse:
         """Gather, decide, act: one request through an engine or a pair of them."""
-        raw = await read_body(request, self._limits.max_body_bytes, self._limits.body_timeout_s)
-        payload = parse(request.path, raw, list(request.headers.items()), request_id=exchanged.id)
-        exchanged.model = payload.model
-        gathered = await self._gather(payload, arrived_at=exchanged.began_at)
+        headers, recorder = list(request.headers.items()), self._driver.recorder
+        trail = recorder.begin(exchanged.id, exchanged.echoed_id, request.path, headers, now=exchanged.began_at)
+        exchanged.trail = trail
+        tenant = self._auth.tenant(headers, request.remote)
+        exchanged.tenant = trail.tenant = tenant.name
+        reject = tenant.refuse_arrival(exchanged.id, now=self._driver.now())
+        if reject is not None:
+            return self._refused_by_tenant(reject, exchanged)
+        with tenant.flight():
+            raw = await read_body(request, self._limits.max_body_bytes, self._limits.body_timeout_s)
+            payload = parse(request.path, raw, self._auth.passed_on(headers), request_id=exchanged.id)
+            trail.model, trail.is_stream = payload.model, payload.is_stream
+            trail.prompt = prompt_json(payload) if recorder.keeps_prompts else None
+            try:
+                promise = self._promises.of(headers, tenant.settings, payload.model, unix_s=self._unix_clock())
+            except DeadlinePast as error:
+                past = Reject(exchanged.id, RejectReason.DEADLINE_PAST, error.message)
+                return self._refused_by_tenant(past, exchanged)
+            exchanged.slo = trail.slo = promise.slo
+            gathered = await self._gather(payload, arrived_at=exchanged.began_at)
+            gathered = gathered.promised(promise, tenant.name)
+            trail.gathered(gathered.request, now=self._driver.now())
+            reject = tenant.refuse_tokens(exchanged.id, gathered.request.prompt_tokens, now=self._driver.now())
+            if reject is not None:
+                return self._refused_by_tenant(reject, exchanged)
+            return await self._serve(request, exchanged, gathered, tenant)
+
+    async def _serve(
+        self, request: web.BaseRequest, exchanged: Exchanged, gathered: Gathered, tenant: Tenant
+    ) -> web.StreamResponse:
+        """Decide and act."""
+        payload = gathered.payload
         streamed: list[web.StreamResponse] = []
 
-        async def stream(call: EngineCall, decided: Decided, dispatch: Dispatch) -> StreamEnd:
-            response = web.StreamResponse(status=200, headers=explain(exchanged, decided, dispatch))
+        async def stream(
+            call: EngineCall, decided: Decided, dispatch: Dispatch, continuation: Continuation | None
+        ) -> StreamEnd:
+            continues = {"x-sluice-continues": "no" if continuation is None else "yes"}
+            response = web.StreamResponse(status=200, headers=explain(exchanged, decided, dispatch) | continues)
             response.content_type = "text/event-stream"
             response.headers["cache-control"] = "no-cache"
             response.headers["x-accel-buffering"] = "no"
             streamed.append(response)
-            exchanged.dispatch = dispatch
             relay = StreamRelay(
                 request,
                 call,
@@ -191,21 +251,26 @@ class Handlers:
                 write_timeout_s=self._limits.write_timeout_s,
                 expects_done=payload.path in (CHAT, COMPLETIONS),
                 on_progress=lambda tokens: self._driver.apply(Progress(exchanged.id, tokens)),
+                continuation=continuation,
+                totals=self._relayed,
             )
             return await relay.run(response)
 
-        ending = await self._dispatcher.serve(gathered.request, gathered.payload, stream)
+        traced = exchanged.trail if self._driver.recorder.has_traces else None
+        ending = await self._dispatcher.serve(gathered.request, payload, stream, traced)
         self._learn_length(gathered, ending)
+        tenant.used(output_tokens(ending), now=self._driver.now())
         match ending:
             case Refused(decided, reject, failure):
-                exchanged.outcome = reject.reason
-                return self.refused(reject, failure, exchanged)
+                exchanged.outcome, exchanged.reason = Outcome.REFUSED, reject.reason
+                return self.refused(reject, failure, exchanged, waited_s=decided.waited_s)
             case Whole(decided, dispatch, answer):
-                exchanged.outcome, exchanged.dispatch = "served", dispatch
+                exchanged.outcome, exchanged.reason = whole_outcome(answer.status)
                 headers = explain(exchanged, decided, dispatch) | {"content-type": answer.content_type}
                 return web.Response(status=answer.status, body=answer.body, headers=headers)
-            case Streamed(_, dispatch, end):
-                exchanged.outcome, exchanged.dispatch = end.failure or "served", dispatch
+            case Streamed(_, _, end):
+                exchanged.outcome = Outcome.BROKEN if end.failure else Outcome.SERVED
+                exchanged.reason = end.failure or ""
                 return streamed[0]
 
     def _learn_length(self, gathered: Gathered, ending: Refused | Whole | Streamed) -> None:
@@ -218,19 +283,30 @@ class Handlers:
         if told is not None:
             self._gather.learn(gathered, told)
 
-    def refused(self, reject: Reject, failure: Retry | None, exchanged: Exchanged) -> web.Response:
+    def refused(
+        self, reject: Reject, failure: Retry | None, exchanged: Exchanged, *, waited_s: float = 0.0
+    ) -> web.Response:
         """A refusal of the core as an answer. After a failed attempt the failure is what the client should hear of."""
         status = REFUSAL_STATUS[reject.reason]
-        headers = exchanged.headers() | {"x-sluice-reason": reject.reason}
+        headers = exchanged.headers() | refusal_headers(reject, exchanged.slo, waited_s)
         if failure is not None and status in (502, 503):
+            headers = exchanged.headers() | {"x-sluice-reason": reject.reason}
             error: GatewayError = EngineUnavailable(f"{reject.message}; the last failure was {failure.reason}.")
             if failure.reason.endswith("timeout"):
                 error = EngineTimeout(f"{reject.message}; the last failure was {failure.reason}.")
             return self._error(error.status, refusal(error), headers)
-        if status in (429, 503):
-            headers["retry-after"] = str(math.ceil(reject.retry_after_s or 1.0))
         kind = REFUSAL_KIND.get(status, "service_unavailable_error")
-        return self._error(status, error_body(reject.message, kind, code=reject.reason), headers)
+        numbers = as_members(refusal_ms(reject, exchanged.slo, waited_s))
+        param = REFUSAL_PARAM.get(reject.reason)
+        return self._error(status, error_body(reject.message, kind, param, reject.reason, numbers), headers)
+
+    def _refused_by_tenant(self, reject: Reject, exchanged: Exchanged) -> web.Response:
+        """A refusal before the core was asked."""
+        exchanged.outcome, exchanged.reason = Outcome.REFUSED, reject.reason
+        if exchanged.trail is not None:
+            exchanged.trail.reject = reject
+        self._driver.journal.refused(reject, exchanged.tenant or "", self._driver.now())
+        return self.refused(reject, None, exchanged)
 
     # ---- about the gateway ------------------------------------------------------------------------------------------
 
@@ -255,6 +331,9 @@ class Handlers:
         body = {
             "ready": missing is None,
             "reason": None if missing is None else missing.message,
+            "stranded_kv": self._dispatcher.stranded.by_connector(now=now),
+            "store": self._store_status(),
+            **({} if self._worker is None else {"worker": self._worker}),
             "engines": [
                 {
                     "id": state.engine.id,
@@ -262,6 +341,7 @@ class Handlers:
                     "health": state.health,
                     "reason": state.health_reason,
                     "in_flight": state.in_flight_count,
+                    "shared_in_flight": state.own_count,
                     "report_age_s": None if state.reported_at is None else round(now - state.reported_at, 3),
                     "report": self._report_state(state.reported_at, now),
                     "prefixes": prefixes.source(state.engine.id),
@@ -278,6 +358,11 @@ class Handlers:
             return "none"
         return "stale" if now - reported_at > self._limits.report_stale_s else "fresh"
 
+    async def look(self, request: web.BaseRequest, exchanged: Exchanged) -> web.StreamResponse:
+        """What the gateway tells about itself: metrics, decisions, the live page."""
+        assert self.insight is not None
+        return await self.insight.answer(request, exchanged.headers())
+
     async def version(self, request: web.BaseRequest, exchanged: Exchanged) -> web.StreamResponse:
         """The version that runs."""
         return self._json(200, msgspec.json.encode({"version": version("sluice")}), exchanged)
@@ -285,7 +370,7 @@ class Handlers:
     # ---- answers ----------------------------------------------------------------------------------------------------
 
     def _json(self, status: int, body: bytes, exchanged: Exchanged) -> web.Response:
-        exchanged.outcome = "served"
+        exchanged.outcome = Outcome.SERVED
         return web.Response(status=status, body=body, content_type="application/json", headers=exchanged.headers())
 
     def _failed(self, request: web.BaseRequest, status: int, body: bytes, exchanged: Exchanged) -> web.Response:
@@ -300,19 +385,49 @@ class Handlers:
     def _error(self, status: int, body: bytes, headers: Mapping[str, str]) -> web.Response:
         return web.Response(status=status, body=body, content_type="application/json", headers=headers)
 
-    def _log(self, request: web.BaseRequest, exchanged: Exchanged, response: web.StreamResponse | None) -> None:
-        if request.path in ("/health", "/ready"):
-            return
-        estimate = exchanged.dispatch.estimate if exchanged.dispatch else None
-        log.info(
-            "request",
-            request_id=exchanged.id,
-            path=request.path,
-            model=exchanged.model,
-            status=response.status if response is not None else None,
-            outcome=exchanged.outcome,
-            prefill=estimate.prefill if estimate else None,
-            decode=estimate.decode if estimate else None,
-            attempts=exchanged.dispatch.attempt if exchanged.dispatch else None,
-            duration_s=round(self._driver.now() - exchanged.began_at, 4),
-        )
+    def _over(self, request: web.BaseRequest, exchanged: Exchanged, response: web.StreamResponse | None) -> None:
+        """The exchange is over: a request for tokens becomes a record, whose observers say the rest."""
+        status, now = None if response is None else response.status, self._driver.now()
+        if exchanged.trail is not None:
+            outcome, reason = exchanged.outcome, exchanged.reason
+            self._driver.recorder.finish(exchanged.trail, outcome=outcome, reason=reason, status=status, now=now)
+        elif request.path not in UNLOGGED and not (self.insight and self.insight.find(request.path)):
+            log.info(
+                "request",
+                request_id=exchanged.id,
+                path=request.path,
+                status=status,
+                outcome=exchanged.outcome,
+                duration_s=round(now - exchanged.began_at, 4),
+            )
+
+
+def log_record(record: RequestRecord) -> None:
+    """An observer of records: the request's one line in the log."""
+    log.info("request", **log_line(record))
+
+
+def whole_outcome(status: int) -> tuple[Outcome, str]:
+    """How a request ended that an engine answered in one piece, and why."""
+    return (Outcome.SERVED, "") if status < 400 else (Outcome.BAD_REQUEST, f"engine_answered_{status}")
+
+
+def prompt_json(payload: Payload) -> str:
+    """The prompt as `gen_ai.input.messages` has it: a list of messages, each a role and its parts."""
+    messages = payload.body.get("messages")
+    if not isinstance(messages, list):
+        messages = [{"role": "user", "content": payload.body.get("prompt", payload.body.get("input"))}]
+    sound = [message for message in messages if isinstance(message, dict)]
+    told = [{"role": each.get("role"), "parts": [{"type": "text", "content": each.get("content")}]} for each in sound]
+    return msgspec.json.encode(told).decode()
+
+
+def output_tokens(ending: Refused | Whole | Streamed) -> int:
+    """Tokens that were made for the request."""
+    match ending:
+        case Streamed(_, _, end):
+            return end.output_tokens
+        case Whole(_, _, _, usage):
+            return usage.output_tokens or 0
+        case _:
+            return 0

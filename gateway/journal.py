@@ -1,7 +1,8 @@
 """One JSON line per event and decision: the program's memory, the bug report, and the input of replay.
 
 Lines are `{"at": seconds, "do": "apply" | "decide" | "wake", ...}` with values under their type's name, in the order in
-which the scheduler saw them; a line `{"do": "start"}` begins each run. `replay` feeds a run back to a scheduler of the
+which the scheduler saw them; a line `{"do": "start"}` with the settings begins each run, and `{"do": "refuse"}` is a
+request that the scheduler was not asked about. `replay` feeds a run back to a scheduler of the
 same settings, which then makes the same decisions.
 """
 
@@ -19,7 +20,7 @@ import structlog
 from gateway.core.errors import ConfigError
 from gateway.core.events import Event
 from gateway.core.scheduler import Scheduler
-from gateway.core.types import Decision, Request
+from gateway.core.types import Decision, Reject, Request
 
 FLUSH_BYTES = 65_536
 START = {"do": "start"}
@@ -38,6 +39,9 @@ class Journal:
 
     def woke(self, decisions: Iterable[Decision], now: float) -> None:
         """The waiting requests were looked at again."""
+
+    def refused(self, reject: Reject, tenant: str, now: float) -> None:
+        """A request was refused before the scheduler was asked: its tenant's limits, or a deadline that had passed."""
 
     def close(self) -> None:
         """Writes out what is held back."""
@@ -61,8 +65,9 @@ class FileJournal(Journal):
     """Writes to a file, and keeps one older one as `.1`: a journal that is full begins anew. Both take at most
     `max_bytes`, but for a single line over half of that. A disk that fails ends the journal, not the gateway."""
 
-    def __init__(self, path: Path, *, max_bytes: int) -> None:
-        """Raises OSError when the file cannot be opened."""
+    def __init__(self, path: Path, *, max_bytes: int, settings: str = "") -> None:
+        """`settings` is the TOML of this run, for whoever feeds it back. Raises OSError when the file cannot be
+        opened."""
         self._path = path
         self._max_file_bytes = max_bytes // 2
         self._flush_bytes = min(FLUSH_BYTES, self._max_file_bytes)
@@ -70,7 +75,7 @@ class FileJournal(Journal):
         self._file: BinaryIO | None = path.open("ab")
         self._held: list[bytes] = []
         self._held_bytes = 0
-        self._line(START)
+        self._line(START | ({"settings": settings} if settings else {}))
 
     def event(self, event: Event, now: float) -> None:
         self._line({"at": now, "do": "apply", "event": plain(event)})
@@ -80,6 +85,9 @@ class FileJournal(Journal):
 
     def woke(self, decisions: Iterable[Decision], now: float) -> None:
         self._line({"at": now, "do": "wake", "decisions": [plain(decision) for decision in decisions]})
+
+    def refused(self, reject: Reject, tenant: str, now: float) -> None:
+        self._line({"at": now, "do": "refuse", "tenant": tenant, "decision": plain(reject)})
 
     def close(self) -> None:
         self._flush()
@@ -138,19 +146,50 @@ def replay(lines: Iterable[bytes], scheduler: Scheduler) -> list[Mismatch]:
 
     Raises ConfigError when a line is not one of a journal, or the run's beginning is missing.
     """
+    mismatches: list[Mismatch] = []
+    for step in last_run(lines)[1]:
+        recorded, replayed = feed(step, scheduler)
+        if recorded != replayed:
+            mismatches.append(Mismatch(step.line_number, recorded, replayed))
+    return mismatches
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One call to the scheduler and what came of it."""
+
+    line_number: int
+    """Counted from 1."""
+    at: float
+    asked: Event | Request | None
+    """An event to apply, a request to decide; None: a wake-up."""
+    decisions: tuple[Decision, ...] = ()
+
+
+def last_run(lines: Iterable[bytes]) -> tuple[str, list[Step]]:
+    """The settings of the last run in a journal ("" where it does not say), and its steps in order.
+
+    Raises ConfigError when a line is not one of a journal, or the run's beginning is missing.
+    """
     numbered = [(number, _decoded(number, line)) for number, line in enumerate(lines, 1)]
     starts = [index for index, (_, line) in enumerate(numbered) if line["do"] == "start"]
     if not starts:
         raise ConfigError("journal: the beginning of the run is missing; its file was full and began anew")
-    mismatches: list[Mismatch] = []
-    for number, line in numbered[starts[-1] + 1 :]:
-        try:
-            recorded, replayed = _step(line, scheduler)
-        except (KeyError, msgspec.ValidationError) as error:
-            raise ConfigError(f"journal: line {number} is not sound: {error}") from None
-        if recorded != replayed:
-            mismatches.append(Mismatch(number, recorded, replayed))
-    return mismatches
+    settings = numbered[starts[-1]][1].get("settings", "")
+    run = numbered[starts[-1] + 1 :]
+    return str(settings), [_step(number, line) for number, line in run if line["do"] != "refuse"]
+
+
+def feed(step: Step, scheduler: Scheduler) -> tuple[tuple[Decision, ...], tuple[Decision, ...]]:
+    """What was recorded, and what the scheduler decides when the same is asked of it."""
+    match step.asked:
+        case Request() as request:
+            return step.decisions, (scheduler.decide(request, now=step.at),)
+        case None:
+            return step.decisions, tuple(scheduler.wake(now=step.at))
+        case event:
+            scheduler.apply(event, now=step.at)
+            return (), ()
 
 
 def _decoded(number: int, line: bytes) -> dict[str, Any]:
@@ -158,23 +197,24 @@ def _decoded(number: int, line: bytes) -> dict[str, Any]:
         decoded = msgspec.json.decode(line, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"journal: line {number} is not sound: {error}") from None
-    if decoded.get("do") not in ("start", "apply", "decide", "wake"):
+    if decoded.get("do") not in ("start", "apply", "decide", "wake", "refuse"):
         raise ConfigError(f"journal: line {number} does nothing known")
     return decoded
 
 
-def _step(line: dict[str, Any], scheduler: Scheduler) -> tuple[object, object]:
-    """What was recorded and what the scheduler does now."""
-    now = line["at"]
-    match line["do"]:
-        case "apply":
-            scheduler.apply(_value(line["event"], _EVENTS), now=now)
-            return None, None
-        case "decide":
-            request = msgspec.convert(line["request"], Request, str_keys=True, dec_hook=_array)
-            return _value(line["decision"], _DECISIONS), scheduler.decide(request, now=now)
-        case _:
-            return [_value(decision, _DECISIONS) for decision in line["decisions"]], scheduler.wake(now=now)
+def _step(number: int, line: dict[str, Any]) -> Step:
+    try:
+        match line["do"]:
+            case "apply":
+                return Step(number, line["at"], _value(line["event"], _EVENTS))
+            case "decide":
+                request = msgspec.convert(line["request"], Request, str_keys=True, dec_hook=_array)
+                return Step(number, line["at"], request, (_value(line["decision"], _DECISIONS),))
+            case _:
+                decisions = tuple(_value(decision, _DECISIONS) for decision in line["decisions"])
+                return Step(number, line["at"], None, decisions)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise ConfigError(f"journal: line {number} is not sound: {error}") from None
 
 
 def _value(data: dict[str, Any], kinds: dict[str, Any]) -> Any:

@@ -2,13 +2,17 @@
 
 Where an engine publishes is configured, or asked of the engine itself. It is asked again until it tells, and whenever
 the engine came back, for its ports may be others then. An engine that says it publishes nothing is observed instead.
+
+Of several gateways one may follow a stream for all (`listens`). One that takes over from another knows the engine's
+blocks already; what the replay tells it is held back until it is complete, and then takes the place of what was known
+at once: in between nothing is forgotten. Only streams that can be replayed are shared so.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -19,7 +23,7 @@ from adapters.kv_events import KvEventSource
 from adapters.kv_translate import BlockEvent
 from gateway.control_http import bearer, read_bounded
 from gateway.core.errors import MalformedEngineData
-from gateway.core.events import FeedState, KvFeed
+from gateway.core.events import BlocksCleared, FeedState, KvFeed
 from gateway.core.types import Engine, Health
 from gateway.driver import Driver
 from gateway.kv_events import KvEventLimits, KvEventSubscriber, SourceState, holder_id
@@ -28,6 +32,8 @@ LOOK_EVERY_S = 0.2
 """How soon an engine that came up is asked."""
 ASK_EVERY_S = 5.0
 TIMEOUT_S = 2.0
+TAKE_OVER_S = 5.0
+"""How long what another gateway told is believed while its stream is taken over: as long as one replay may take."""
 MAX_ANSWER_BYTES = 2**20
 OFFLOAD_FACTOR = 4
 """Host memory of a GPU server is a few times its device memory; blocks beyond are forgotten and counted."""
@@ -36,6 +42,16 @@ SEVERITY = (FeedState.LOST, FeedState.CONNECTING, FeedState.REPAIRING, FeedState
 """Worst first: an engine of several ranks is as well known as its worst."""
 
 log = structlog.get_logger("sluice.kv_events")
+
+
+@dataclass(slots=True)
+class _TakeOver:
+    """An engine whose events another gateway followed until now."""
+
+    until_at: float
+    """When the replay has failed to come."""
+    told: list[BlockEvent] = field(default_factory=list)
+    """What it told so far."""
 
 
 class KvFeeds:
@@ -49,7 +65,12 @@ class KvFeeds:
         api_key: Callable[[str], str | None],
         configured: Callable[[str], Sequence[KvEventSource]],
         limits: KvEventLimits,
+        listens: Callable[[str], bool] = lambda engine_id: True,
     ) -> None:
+        """`listens` says whether this gateway follows an engine itself; otherwise others tell it."""
+        self._listens = listens
+        self._sources: dict[str, tuple[KvEventSource, ...]] = {}
+        self._taken: dict[str, _TakeOver] = {}
         self._driver = driver
         self._adapters = adapters
         self._api_key = api_key
@@ -61,6 +82,7 @@ class KvFeeds:
 
     async def run(self) -> None:
         """Looks at the engines again and again: subscribes to new ones, drops those that left or moved."""
+        loop = asyncio.get_running_loop()
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         connector = aiohttp.TCPConnector(force_close=True)
         async with (
@@ -69,11 +91,15 @@ class KvFeeds:
         ):
             while True:
                 self._drop_lost()
-                due = self._due(asyncio.get_running_loop().time())
-                found = await asyncio.gather(*(self._sources(engine, session) for engine in due))
+                for engine_id in [name for name, taken in self._taken.items() if taken.until_at <= loop.time()]:
+                    self._tell(engine_id)
+                due = self._due(loop.time())
+                found = await asyncio.gather(*(self._ask_sources(engine, session) for engine in due))
                 for engine, sources in zip(due, found, strict=True):
                     if sources is not None:
-                        self._follow(engine.id, sources, group)
+                        self._sources[engine.id] = sources
+                for engine_id, sources in self._sources.items():
+                    self._follow_or_leave(engine_id, sources, group)
                 await asyncio.sleep(LOOK_EVERY_S)
 
     def _due(self, now: float) -> list[Engine]:
@@ -89,7 +115,7 @@ class KvFeeds:
         self._ask_at.update((engine.id, now + ASK_EVERY_S) for engine in due)
         return due
 
-    async def _sources(self, engine: Engine, session: aiohttp.ClientSession) -> tuple[KvEventSource, ...] | None:
+    async def _ask_sources(self, engine: Engine, session: aiohttp.ClientSession) -> tuple[KvEventSource, ...] | None:
         """Where the engine publishes; None when it did not tell this time."""
         if configured := self._configured(engine.id):
             return tuple(configured)
@@ -104,6 +130,27 @@ class KvFeeds:
         except (aiohttp.ClientError, TimeoutError, OSError, MalformedEngineData):
             return None
 
+    def shareable(self) -> list[str]:
+        """The engines whose events one gateway can follow for all: those that publish, and can replay."""
+        return [
+            engine_id
+            for engine_id, sources in self._sources.items()
+            if sources and all(source.replay_endpoint is not None for source in sources)
+        ]
+
+    def is_subscribed(self, engine_id: str) -> bool:
+        """Whether this gateway follows that engine itself, and knows what it holds."""
+        return engine_id in self._feeds and engine_id not in self._taken
+
+    def _follow_or_leave(self, engine_id: str, sources: tuple[KvEventSource, ...], group: asyncio.TaskGroup) -> None:
+        can_replay = bool(sources) and all(source.replay_endpoint is not None for source in sources)
+        if not can_replay or self._listens(engine_id):
+            self._follow(engine_id, sources, group)
+        elif (feed := self._feeds.pop(engine_id, None)) is not None:
+            feed[1].cancel()
+            self._taken.pop(engine_id, None)
+            del self._states[engine_id]
+
     def _follow(self, engine_id: str, sources: tuple[KvEventSource, ...], group: asyncio.TaskGroup) -> None:
         present = self._feeds.get(engine_id)
         if present is not None and present[0] == sources:
@@ -111,6 +158,8 @@ class KvFeeds:
         if present is not None:
             present[1].cancel()
         rows = tuple(holder_id(source) for source in sources)
+        if present is None and rows and self._driver.scheduler.prefixes.rows(engine_id) == rows:
+            self._taken[engine_id] = _TakeOver(asyncio.get_running_loop().time() + TAKE_OVER_S)
         self._states[engine_id] = dict.fromkeys(rows, FeedState.CONNECTING)
         task = group.create_task(self._subscribe(engine_id, sources))
         self._feeds[engine_id] = sources, task
@@ -122,7 +171,9 @@ class KvFeeds:
         limits = replace(self._limits, max_blocks=self._followed_blocks(engine_id))
         async with asyncio.TaskGroup() as group:
             for source in sources:
-                subscriber = KvEventSubscriber(source, self._on_events, self._on_state(engine_id, source), limits)
+                subscriber = KvEventSubscriber(
+                    source, self._on_events(engine_id), self._on_state(engine_id, source), limits
+                )
                 group.create_task(subscriber.run())
 
     def _followed_blocks(self, engine_id: str) -> int:
@@ -133,9 +184,15 @@ class KvFeeds:
         own_blocks = engine.kv_capacity_tokens // engine.block_tokens
         return min(self._limits.max_blocks, max(LEAST_BLOCKS, OFFLOAD_FACTOR * own_blocks))
 
-    def _on_events(self, events: Sequence[BlockEvent]) -> None:
-        for event in events:
-            self._driver.apply(event)
+    def _on_events(self, engine_id: str) -> Callable[[Sequence[BlockEvent]], None]:
+        def changed(events: Sequence[BlockEvent]) -> None:
+            if engine_id in self._taken:
+                self._taken[engine_id].told += events
+                return
+            for event in events:
+                self._driver.apply(event)
+
+        return changed
 
     def _on_state(self, engine_id: str, source: KvEventSource) -> Callable[[SourceState], None]:
         def changed(state: SourceState) -> None:
@@ -147,6 +204,14 @@ class KvFeeds:
     def _tell(self, engine_id: str) -> None:
         states = self._states[engine_id]
         worst = next((state for state in SEVERITY if state in states.values()), FeedState.NONE)
+        taken = self._taken.pop(engine_id, None)
+        is_coming = worst in (FeedState.CONNECTING, FeedState.REPAIRING)
+        if taken is not None and is_coming and asyncio.get_running_loop().time() < taken.until_at:
+            self._taken[engine_id] = taken
+            return  # what the one before told still stands
+        if taken is not None:
+            for event in (*map(BlocksCleared, states), *taken.told):
+                self._driver.apply(event)
         self._driver.apply(KvFeed(engine_id, worst, tuple(states)))
         log.log(30 if worst is FeedState.LOST else 20, "kv_events_state", engine=engine_id, state=worst)
 
@@ -154,4 +219,7 @@ class KvFeeds:
         known = self._driver.scheduler.cluster.engines
         for engine_id in [name for name in self._feeds if name not in known]:
             self._feeds.pop(engine_id)[1].cancel()
+            self._taken.pop(engine_id, None)
             del self._states[engine_id]
+        for engine_id in [name for name in self._sources if name not in known]:
+            del self._sources[engine_id]

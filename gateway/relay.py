@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import cast
 
@@ -21,6 +22,7 @@ from aiohttp import web
 from adapters.answers import Usage, refusal, usage
 from adapters.base import Cause
 from adapters.sse import MAX_EVENT_BYTES, EventCounter
+from gateway.continuation import Continuation, before_error
 from gateway.core.errors import EngineUnavailable, MalformedEngineData
 from gateway.core.gaps import GapHistogram
 from gateway.dispatch import StreamEnd
@@ -38,6 +40,17 @@ class Turn(Enum):
     ENGINE_IS_SILENT = auto()
 
 
+@dataclass(slots=True)
+class RelayTotals:
+    """What all streams together did since the start."""
+
+    open_count: int = 0
+    """Streams under way now."""
+    sent_bytes: int = 0
+    stall_count: int = 0
+    """Pauses of an engine connection because a client did not read."""
+
+
 class StreamRelay:
     """Copies one committed stream to one client. Use: `await StreamRelay(...).run()`."""
 
@@ -50,13 +63,19 @@ class StreamRelay:
         write_timeout_s: float,
         expects_done: bool,
         on_progress: Callable[[int], None],
+        continuation: Continuation | None = None,
+        totals: RelayTotals | None = None,
     ) -> None:
+        """`continuation`: what lets another engine go on when this one dies; None: the stream ends with it."""
+        self._totals = totals or RelayTotals()
+        self._sent_bytes = 0
         self._request = request
         self._call = call
         self._idle_timeout_s = idle_timeout_s
         self._write_timeout_s = write_timeout_s
         self._expects_done = expects_done
         self._on_progress = on_progress
+        self._continuation = continuation
         self._transport = cast(asyncio.Transport, request.transport)
         self._is_chunked = False
         self._counter = EventCounter()
@@ -75,18 +94,43 @@ class StreamRelay:
 
     async def run(self, response: web.StreamResponse) -> StreamEnd:
         """Relays until the stream is over. Raises ConnectionError or CancelledError when the client is gone."""
+        self._totals.open_count += 1
         try:
             await response.prepare(self._request)
             self._is_chunked = response.headers.get("transfer-encoding") == "chunked"  # not for HTTP/1.0
             self._request.writer.send_headers()
             self._call.relay_to(self)
-            while not self._is_ended or self._turn.done():
-                await self._next_turn()
+            while True:
+                while not self._is_ended or self._turn.done():
+                    await self._next_turn()
+                if self._failure is None or not await self._go_on(response):
+                    break
         finally:
             self._idle_timer.cancel()
+            self._totals.open_count -= 1
+            self._totals.sent_bytes += self._sent_bytes
         if self._failure is not None:
             await response.write(b"data: " + refusal(EngineUnavailable(self._failure)) + b"\n\n")
         return self._end()
+
+    async def _go_on(self, response: web.StreamResponse) -> bool:
+        """Whether the stream goes on at another engine. One that had only to be closed is closed here."""
+        if self._continuation is None or self._failure is None:
+            return False
+        self._idle_timer.cancel()
+        rest = await self._continuation.resume(self._failure)
+        if isinstance(rest, bytes):
+            self._failure = None
+            await response.write(rest)
+        if not isinstance(rest, EngineCall):
+            return False
+        self._call, self._counter, self._tail = rest, EventCounter(), b""
+        self._failure, self._is_ended = None, False
+        self._turn = self._loop.create_future()
+        self._heard_at = self._loop.time()
+        self._idle_timer = self._loop.call_later(self._idle_timeout_s, self._check_idle)
+        rest.relay_to(self)
+        return True
 
     async def _next_turn(self) -> None:
         turn = await self._turn
@@ -121,9 +165,11 @@ class StreamRelay:
         whole = self._take_whole(data)
         if not whole or self._transport.is_closing():
             return
+        self._sent_bytes += len(whole)
         self._transport.write(b"%x\r\n%b\r\n" % (len(whole), whole) if self._is_chunked else whole)
         if self._request.protocol.writing_paused:
             self._call.pause()
+            self._totals.stall_count += 1
             self._wake(Turn.CLIENT_IS_SLOW)
 
     def end(self) -> None:
@@ -149,6 +195,8 @@ class StreamRelay:
         try:
             if len(self._tail) > MAX_EVENT_BYTES:
                 raise MalformedEngineData(f"the engine sent an event of more than {MAX_EVENT_BYTES} bytes")
+            if self._continuation is not None and data:
+                data = self._continuation.take(data)
             events = self._counter.feed(data) if data else 0
         except MalformedEngineData as error:
             self._call.close()
@@ -156,6 +204,11 @@ class StreamRelay:
             return b""
         if events:
             self._take_time(events)
+        if self._counter.is_error and self._continuation is not None:
+            self._call.close()
+            self._failure = "the engine reported an error"  # its [DONE] may be here already, and is no end
+            self._wake(Turn.ENDED)
+            return before_error(data)
         return data
 
     def _take_time(self, events: int) -> None:

@@ -8,6 +8,7 @@ goes wrong ends in an estimate with a named obstacle.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -33,6 +34,15 @@ AskEngine: TypeAlias = Callable[[dict[str, object]], Awaitable[bytes]]
 
 ANY_MODEL = "*"
 """The key of a tokenizer that serves every model without one of its own."""
+
+
+INLINE_BYTES = 2048
+"""A request of at most so many bytes is tokenised on the event loop: 0.1 to 0.5 ms (measured with a 32,000-word BPE),
+where the way to a thread and back takes as much processor time again, and on a busy machine 1 ms."""
+INLINE_S = 0.01
+"""Work on the loop that takes longer is given up, at its next look at the clock, and begun again in a thread."""
+SLOW = (Obstacle.TIMEOUT, Obstacle.TEMPLATE_LIMIT)
+"""How work says that it was given up."""
 
 
 class TokenSource(StrEnum):
@@ -67,15 +77,21 @@ class TokenLimits:
     """Most prompts waiting or being tokenised; one more gets an estimate."""
     exact_s: float = 2.0
     engine_s: float = 1.0
+    inline_s: float = INLINE_S
 
 
 class _Job:
-    """Whether anybody still waits for a piece of work in a thread."""
+    """Whether anybody still waits for a piece of work, and whether its time is over."""
 
-    __slots__ = ("is_abandoned",)
+    __slots__ = ("ends_at", "is_left")
 
-    def __init__(self) -> None:
-        self.is_abandoned = False
+    def __init__(self, ends_at: float = math.inf) -> None:
+        self.ends_at = ends_at
+        self.is_left = False
+
+    @property
+    def is_abandoned(self) -> bool:
+        return self.is_left or time.perf_counter() > self.ends_at
 
 
 class PromptTokens:
@@ -120,7 +136,7 @@ class PromptTokens:
         self._threads.shutdown(wait=False)
         jobs = list(self._jobs.items())
         for job, _ in jobs:
-            job.is_abandoned = True
+            job.is_left = True
         running = [asyncio.wrap_future(future) for _, future in jobs if not future.cancelled()]
         await asyncio.gather(*running, return_exceptions=True)
         self._threads.shutdown(wait=True)
@@ -129,14 +145,14 @@ class PromptTokens:
         body = payload.body
         prompt = _single(body.get("prompt"))
         if "messages" not in body and isinstance(prompt, list):
-            return await self._in_thread(lambda job: _given_ids(prompt))
+            return await self._soon(payload, lambda job: _given_ids(prompt))
         own = self._own.get(payload.model or "") or self._own.get(ANY_MODEL)
         if own is None:
             raise NotRenderable(Obstacle.NO_TOKENIZER)
         if "messages" in body:
-            return await self._in_thread(lambda job: own.chat_ids(body, lambda: job.is_abandoned))
+            return await self._soon(payload, lambda job: own.chat_ids(body, lambda: job.is_abandoned))
         if isinstance(prompt, str):
-            return await self._in_thread(lambda job: own.text_ids(prompt, body, lambda: job.is_abandoned))
+            return await self._soon(payload, lambda job: own.text_ids(prompt, body, lambda: job.is_abandoned))
         raise NotRenderable(Obstacle.NOT_A_PROMPT)
 
     async def _told_by_engine(self, body: Mapping[str, object], ask: AskEngine | None) -> Ids | None:
@@ -149,6 +165,16 @@ class PromptTokens:
             return await self._in_thread(lambda job: parse_tokenize(answer))
         except (GatewayError, NotRenderable, OSError, TimeoutError):
             return None
+
+    async def _soon(self, payload: Payload, work: Callable[[_Job], Ids]) -> Ids:
+        """What `work` gives: here and now for a short request, else in a thread."""
+        if 0 < payload.body_bytes <= INLINE_BYTES:
+            try:
+                return work(_Job(time.perf_counter() + self._limits.inline_s))
+            except NotRenderable as error:
+                if error.obstacle not in SLOW:
+                    raise
+        return await self._in_thread(work)
 
     async def _in_thread(self, work: Callable[[_Job], Ids]) -> Ids:
         """What `work` gives, run in a thread; raises NotRenderable when there is no room or no time."""
@@ -174,7 +200,7 @@ class PromptTokens:
         try:
             return await asyncio.wrap_future(future)
         finally:
-            job.is_abandoned = True
+            job.is_left = True
 
 
 def _unless_abandoned(work: Callable[[_Job], Ids], job: _Job) -> Ids:

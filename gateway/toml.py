@@ -113,7 +113,8 @@ def _read_value(kind: Any, value: object, environ: Mapping[str, str], path: str)
     if get_origin(kind) is tuple:
         row_kind = get_args(kind)[0]
         if not isinstance(value, list) or len(value) > _MAX_ROWS:
-            raise ConfigError(f"{path}: expected [[{path}]] tables, at most {_MAX_ROWS}, got {show(value)}")
+            rows = f"[[{path}]] tables" if isinstance(row_kind, type) and issubclass(row_kind, Struct) else "a list"
+            raise ConfigError(f"{path}: expected {rows}, at most {_MAX_ROWS}, got {show(value)}")
         return tuple(_read_value(row_kind, row, environ, f"{path}[{i}]") for i, row in enumerate(value))
     if isinstance(kind, type) and issubclass(kind, Struct):
         if not isinstance(value, dict):
@@ -134,7 +135,7 @@ def _convert(kind: Any, value: object, written: object, path: str) -> object:
             return msgspec.convert(value, kind, dec_hook=_make_secret)
     except (msgspec.ValidationError, OverflowError):
         pass
-    got = "another value" if Secret in get_args(kind) else show(written)
+    got = "another value" if kind is Secret or Secret in get_args(kind) else show(written)
     raise ConfigError(f"{path}: expected {describe(kind)}, got {got}")
 
 
@@ -256,7 +257,7 @@ def _render_value(value: object) -> str:
     if isinstance(value, Mapping):
         pairs = (f"{_quote_key(key)} = {_render_value(inner)}" for key, inner in value.items())
         return "{" + ", ".join(pairs) + "}"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_render_value, value)) + "]"
     return repr(value)
 

@@ -16,6 +16,7 @@ import aiohttp
 import structlog
 
 from adapters.base import Adapter, Facts
+from adapters.pools import pool_fault
 from gateway.control_http import bearer, read_bounded
 from gateway.core.errors import MalformedEngineData
 from gateway.core.events import EngineFound, EngineHealth, EngineLost, EngineReport
@@ -28,6 +29,11 @@ FACTS_EVERY_S = 10.0
 """Model lists change when an adapter is loaded; vLLM itself caches its list for longer."""
 
 log = structlog.get_logger("sluice.watch")
+
+
+class WrongConnector(MalformedEngineData):
+    """The engine was not started as its settings say."""
+
 
 ProbeError = (aiohttp.ClientError, TimeoutError, OSError, MalformedEngineData)
 
@@ -79,15 +85,20 @@ class Watch:
                     case EngineFound(engine):
                         self._stop(engine.id)
                         self._driver.apply(change)
-                        if engine.adapter in self._adapters:
+                        if (fault := self._pool_fault(engine)) is None:
                             self._followers[engine.id] = group.create_task(self._follow(engine, session))
                         else:
-                            self._set_down(engine.id, f"there is no adapter {engine.adapter!r} here")
+                            self._set_down(engine.id, fault)
                     case EngineLost(engine_id):
                         self._stop(engine_id)
                         self._driver.apply(change)
                         self._on_down(engine_id, "the engine left")
                         self._on_lost(engine_id)
+
+    def _pool_fault(self, engine: Engine) -> str | None:
+        """Why an engine is not even asked whether it serves: it cannot stand beside those that are followed."""
+        known = (self._driver.engine(engine_id) for engine_id in self._followers if engine_id != engine.id)
+        return pool_fault(engine, [other for other in known if other is not None], self._adapters)
 
     def _stop(self, engine_id: str) -> None:
         if follower := self._followers.pop(engine_id, None):
@@ -126,16 +137,34 @@ class Watch:
 
     async def _learn_facts(self, engine: Engine, session: aiohttp.ClientSession) -> None:
         adapter = self._adapters[engine.adapter]
+        if adapter.facts_path is not None and not self._is_up(engine.id):  # later a busy scheduler might not tell
+            self._take_start(
+                engine, adapter.parse_facts(await self._get(engine, engine.url + adapter.facts_path, session))
+            )
         body = await self._get(engine, engine.url + adapter.models_path, session)
         self._take_facts(engine.id, adapter.parse_models(body))
+        if (url := adapter.transfer_url(engine)) is not None:
+            self._take_facts(engine.id, adapter.parse_transfer(await self._get(engine, url, session)))
         if not self._is_up(engine.id):
-            with contextlib.suppress(*ProbeError):  # nice to have at once; an engine without metrics can serve
+            try:
                 await self._read_report(engine, session)
+            except WrongConnector:
+                raise
+            except ProbeError:
+                pass  # nice to have at once; an engine without metrics can serve
+
+    def _take_start(self, engine: Engine, facts: Facts) -> None:
+        """Takes in how the engine was started. Raises MalformedEngineData when the settings say otherwise."""
+        if facts.role is not None and facts.role is not engine.role:
+            raise MalformedEngineData(f"it was started as {facts.role}, and the settings say {engine.role}")
+        self._take_facts(engine.id, facts)
 
     async def _read_report(self, engine: Engine, session: aiohttp.ClientSession) -> None:
         adapter = self._adapters[engine.adapter]
         url = self._metrics_url(engine.id) or engine.url + adapter.report_path
         facts = adapter.parse_report(await self._get(engine, url, session))
+        if (fault := adapter.contradiction(engine, facts)) is not None:
+            raise WrongConnector(fault)
         self._take_facts(engine.id, facts)
         if facts.report is not None:
             self._driver.apply(EngineReport(engine.id, facts.report))
@@ -151,6 +180,9 @@ class Watch:
             block_tokens=facts.block_tokens or known.block_tokens,
             kv_capacity_tokens=facts.kv_capacity_tokens or known.kv_capacity_tokens,
             max_model_tokens=facts.max_model_tokens or known.max_model_tokens,
+            transfer_ids=known.transfer_ids if facts.transfer_ids is None else facts.transfer_ids,
+            can_serve_alone=known.can_serve_alone if facts.can_serve_alone is None else facts.can_serve_alone,
+            details={**known.details, **facts.details},
         )
         if learnt != known:
             self._driver.apply(EngineFound(learnt))

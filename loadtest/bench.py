@@ -7,15 +7,26 @@ import importlib
 from collections.abc import Sequence
 
 BENCHES: dict[str, tuple[str, str]] = {
+    "faults": (
+        "every failure of every connector on emulated engines: ending, time, stranded KV",
+        "loadtest.bench_faults",
+    ),
+    "decide": ("one decision alone, by pairs of engines and length of the prompt", "loadtest.bench_decide"),
+    "coverage": ("stated quantiles against what happened, through step changes", "loadtest.bench_coverage"),
     "index": ("the prefix index: bytes per block, match and ingestion times", "loadtest.bench_index"),
+    "overload-http": ("attained under overload over real HTTP, and simulated", "loadtest.bench_overload_http"),
+    "relay": ("the gateway beside other proxies: processor time, time added to first tokens", "loadtest.bench_relay"),
     "reality": ("predictions against what a real prefill and decode pair did", "loadtest.reality"),
+    "streams": ("thousands of streams at once: memory, losses, delay per token", "loadtest.bench_streams"),
+    "store": ("sharing one view over Redis: events per second, bytes, processor share, age", "loadtest.bench_store"),
+    "tenants": ("shares of tenants and classes under overload, simulated", "loadtest.bench_tenants"),
     "tokens": ("tokenising long prompts: time per turn and the event loop's stalls", "loadtest.bench_tokens"),
 }
 
 
 def main(words: Sequence[str]) -> int:
     """Runs the named benchmark with the words after its name; returns its exit code."""
-    rows = (f"  {name:<10}{summary}" for name, (summary, _) in BENCHES.items())
+    rows = (f"  {name:<15}{summary}" for name, (summary, _) in BENCHES.items())
     parser = argparse.ArgumentParser(
         prog="sluice bench",
         usage="sluice bench [-h] NAME ...",

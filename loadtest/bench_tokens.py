@@ -98,9 +98,9 @@ def measure(
 ) -> TokenFigures:
     """The figures for prompts of about `prompt_bytes`, `prompts` of them arriving at once."""
     rng = random.Random(seed)
-    words = _words(rng, _WORDS)
+    words = made_up_words(rng, _WORDS)
     with tempfile.TemporaryDirectory() as folder:
-        _save_model(Path(folder), _text(rng, words[:_KNOWN_WORDS], training_chars))
+        save_model(Path(folder), made_up_text(rng, words[:_KNOWN_WORDS], training_chars))
         return asyncio.run(_measured(Path(folder), rng, words, prompt_bytes, prompts, threads, repeats))
 
 
@@ -116,10 +116,12 @@ async def _measured(
         for _ in range(repeats):
             turns = _conversation(rng, words, prompt_bytes)
             first_s.append((await _timed(service, turns))[1])
-            answer = {"role": "assistant", "content": _text(rng, words, 1000)}
-            question = {"role": "user", "content": _text(rng, words, 200)}
+            answer = {"role": "assistant", "content": made_up_text(rng, words, 1000)}
+            question = {"role": "user", "content": made_up_text(rng, words, 200)}
             next_s.append((await _timed(service, [*turns, answer, question]))[1])
-            single_s.append((await _timed(service, [{"role": "user", "content": _text(rng, words, prompt_bytes)}]))[1])
+            single_s.append(
+                (await _timed(service, [{"role": "user", "content": made_up_text(rng, words, prompt_bytes)}]))[1]
+            )
         tokens, _ = await _timed(service, turns)
         crowd = [_payload(_conversation(rng, words, prompt_bytes)) for _ in range(prompts)]
         started = time.perf_counter()
@@ -182,16 +184,18 @@ def _payload(messages: list[dict[str, str]]) -> Payload:
 
 def _conversation(rng: random.Random, words: list[str], size_bytes: int) -> list[dict[str, str]]:
     """A system prompt and turns of uneven length, about `size_bytes` in all, the last one the user's."""
-    messages = [{"role": "system", "content": _text(rng, words, size_bytes // 10)}]
+    messages = [{"role": "system", "content": made_up_text(rng, words, size_bytes // 10)}]
     left = size_bytes - size_bytes // 10
     while left > 0:
         length = min(left, rng.randrange(200, 6000))
-        messages.append({"role": ("user", "assistant")[len(messages) % 2 == 0], "content": _text(rng, words, length)})
+        messages.append(
+            {"role": ("user", "assistant")[len(messages) % 2 == 0], "content": made_up_text(rng, words, length)}
+        )
         left -= length
     return messages
 
 
-def _words(rng: random.Random, count: int) -> list[str]:
+def made_up_words(rng: random.Random, count: int) -> list[str]:
     """Made-up words of one to four syllables, the earlier the commoner."""
     onsets = ["b", "c", "d", "f", "g", "h", "l", "m", "n", "p", "r", "s", "t", "v", "w", "st", "tr", "pr", "ch", "sh"]
     vowels, codas = ["a", "e", "i", "o", "u", "ea", "ou", "io"], ["", "", "n", "r", "s", "t", "l", "nd", "ng"]
@@ -203,7 +207,7 @@ def _words(rng: random.Random, count: int) -> list[str]:
     ]
 
 
-def _text(rng: random.Random, words: list[str], size_chars: int) -> str:
+def made_up_text(rng: random.Random, words: list[str], size_chars: int) -> str:
     """About `size_chars` of words by Zipf's law, with numbers, punctuation, capitals and line ends."""
     pieces: list[str] = []
     size = 0
@@ -221,7 +225,8 @@ def _text(rng: random.Random, words: list[str], size_chars: int) -> str:
     return " ".join(pieces)
 
 
-def _save_model(folder: Path, corpus: str) -> None:
+def save_model(folder: Path, corpus: str) -> None:
+    """Trains a byte-level BPE tokenizer on the text and writes it with a chat template, as a model has them."""
     tokenizer = Tokenizer(BPE())
     split = pre_tokenizers.Split(Regex(_PATTERN), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -114,6 +114,25 @@ class Engine:
         self._interrupt(now)
         return self._cache.adopt(keys)
 
+    def load_blocks(self, keys: Seq[int], contents: Seq[BlockContent]) -> None:
+        """Takes blocks that were computed elsewhere into the prefix cache."""
+        cached_count = self._cache.match_count(keys)
+        loaded_count = self._cache.adopt(keys, contents) - cached_count
+        self.counters.external_hit_tokens += loaded_count * self.settings.block_tokens
+
+    def cached_blocks(self, keys: Seq[int]) -> dict[int, BlockContent]:
+        """What the prefix cache holds of these keys."""
+        return self._cache.cached(keys)
+
+    @property
+    def held_block_count(self) -> int:
+        """Blocks kept for readers of finished prefills."""
+        return self._holds.block_count
+
+    def holds(self, request_id: str) -> bool:
+        """Whether the blocks of that finished prefill are still kept for a reader."""
+        return request_id in self._holds
+
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix; False (and nothing done) while any block is in use."""
         return self._cache.clear()
@@ -187,6 +206,11 @@ class Engine:
         if blocks is None:
             self.counters.reads_after_release += 1
         else:
+            self._free_hold(blocks, now)
+
+    def drop_hold(self, request_id: str, *, now: float) -> None:
+        """Frees the held blocks where they still are: their reader will not come."""
+        if blocks := self._holds.pop(request_id):
             self._free_hold(blocks, now)
 
     def heartbeat(self, request_ids: Seq[str], *, now: float) -> None:
@@ -453,7 +477,9 @@ class Engine:
     def _land_transfers(self, now: float, out: list[Outcome]) -> None:
         for sequence, source in self._fetches.take_done(now=now):
             self._interrupt(now)
-            if source is None:
+            if source is None and sequence.request.remote is not None and sequence.request.remote.is_waited_for:
+                self._fetches.park(sequence)
+            elif source is None:
                 self._fail_fetch(sequence, now, "the engine went away during the transfer", out)
             else:
                 out.append(self._fetches.land(sequence, source, self._cache, now=now))

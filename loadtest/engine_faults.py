@@ -13,6 +13,8 @@ class Faults:
 
     is_silent: bool = False
     """Accepts connections and requests, and never answers any."""
+    is_silent_to_posts: bool = False
+    """The same, but its probes are answered: only those who ask for something wait."""
     garbage: bytes | None = None
     """Answers every request with these bytes instead of HTTP, then closes."""
     errors_left: int = 0

@@ -68,6 +68,8 @@ class RemoteKv:
     request_id: str | None
     host: str | None
     port: int | None
+    is_waited_for: bool = False
+    """A reader that cannot read it waits on instead of failing."""
     is_heartbeat_possible: bool = True
     """vLLM heart-beats only when `tp_size` came too."""
 
@@ -190,6 +192,15 @@ class Finished:
     first_token_at: float | None
     preemptions: int = 0
     held: HeldKv | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step of the engine gave one sequence; `end` with its last."""
+
+    choice: int
+    token_ids: tuple[int, ...]
+    end: Finished | None
 
 
 @dataclass(frozen=True, slots=True)

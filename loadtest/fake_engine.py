@@ -26,7 +26,7 @@ from aiohttp import web
 
 from gateway.core.errors import BadRequest
 from gateway.core.types import Role
-from loadtest import tokenizer
+from loadtest import sglang_routes, tokenizer, vllm_routes
 from loadtest.engine import Engine
 from loadtest.engine_faults import Faults, ScaledTimes
 from loadtest.engine_types import (
@@ -35,15 +35,18 @@ from loadtest.engine_types import (
     EngineSettings,
     Finished,
     Outcome,
+    Output,
     Tokens,
     TransferFailed,
     TransferFinished,
 )
 from loadtest.fabric import Fabric
 from loadtest.kv_publisher import KvEventSettings, KvPublisher
+from loadtest.sglang_legs import Legs
+from loadtest.sglang_rooms import Rooms
 from loadtest.step_times import LinearStepTimes, StepTimes
+from loadtest.vllm_connectors import Meetings
 from loadtest.vllm_metrics import VllmMetrics
-from loadtest.vllm_routes import application
 
 KEEP_ALIVE_S = 5.0
 """VLLM_HTTP_TIMEOUT_KEEP_ALIVE's default: idle connections are closed after that."""
@@ -65,19 +68,19 @@ class FakeSettings:
     """0: 5600 plus the engine's number in its cluster."""
     api_key: str | None = None
     has_connector: bool = True
-    """Whether `--kv-transfer-config` names the NixlConnector; without it `kv_transfer_params` are ignored."""
+    """Whether there is a `--kv-transfer-config`; without it `kv_transfer_params` are ignored."""
+    connector: str = "nixl"
+    """Which one: see loadtest/vllm_connectors.py."""
     has_prompt_tokens_details: bool = False
     has_request_id_headers: bool = False
     kv_events: KvEventSettings | None = None
+    speaks: str = "vllm"
+    """Whose protocol: `vllm` or `sglang`."""
+    bootstrap_port: int = 0
+    """Of an SGLang prefill engine, looked up in its cluster, not on a socket; 0: 8998 plus its number there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What one step of the engine gave one sequence; `end` with its last."""
-
-    choice: int
-    token_ids: tuple[int, ...]
-    end: Finished | None
+APPLICATIONS = {"vllm": vllm_routes.application, "sglang": sglang_routes.application}
 
 
 class Stream:
@@ -97,6 +100,9 @@ class FakeCluster:
         self.fabric = fabric or Fabric()
         self.rng = random.Random(seed)
         self.engines: list[FakeEngine] = []
+        self.meetings = Meetings()
+        self.rooms: dict[int, Rooms] = {}
+        """The bootstrap servers of SGLang prefill engines, by port."""
 
     def now(self) -> float:
         """Engine seconds, the clock of every engine here."""
@@ -107,6 +113,8 @@ class FakeCluster:
         settings = settings or FakeSettings()
         if not settings.side_channel_port:
             settings = replace(settings, side_channel_port=5600 + len(self.engines))
+        if not settings.bootstrap_port:
+            settings = replace(settings, bootstrap_port=8998 + len(self.engines))
         fake = FakeEngine(self, settings)
         self.engines.append(fake)
         await fake.revive()
@@ -128,7 +136,7 @@ class FakeCluster:
 
 
 class FakeEngine:
-    """One emulated vLLM server. `faults` may be set at any time; `engine` is the model behind it."""
+    """One emulated server. `faults` may be set at any time; `engine` is the model behind it."""
 
     engine: Engine
     metrics: VllmMetrics
@@ -139,6 +147,10 @@ class FakeEngine:
         self.faults = Faults()
         self.publisher: KvPublisher | None = None
         self.port = settings.port
+        self.bootstrap_port = settings.bootstrap_port
+        self.legs = Legs(self)
+        self.rooms: Rooms | None = None
+        """The bootstrap server of an SGLang prefill engine."""
         self._kv_events = settings.kv_events
         self._times = ScaledTimes(settings.times)
         self._streams: dict[str, tuple[Stream, int]] = {}
@@ -165,14 +177,21 @@ class FakeEngine:
         )
         engine_id = str(uuid.UUID(int=self.cluster.rng.getrandbits(128), version=4))
         self.engine = Engine(engine_id, changes, self._times, self.cluster.fabric)
-        self.metrics = VllmMetrics(self.engine, settings.model)
+        self.metrics = VllmMetrics(self.engine, settings.model, has_nixl=settings.connector.startswith("nixl"))
         self.cluster.fabric.attach(self.engine, settings.side_channel_host, settings.side_channel_port)
+        if settings.speaks == "sglang" and settings.engine.role is Role.PREFILL:
+            self.rooms = Rooms(settings.host, self.bootstrap_port)
+            self.cluster.rooms[self.bootstrap_port] = self.rooms
+        self.legs = Legs(self)
         if self._kv_events is not None:
             self.publisher = KvPublisher(self._kv_events)
             self._kv_events = self.publisher.settings
         if self._runner is None:
             self._runner = web.AppRunner(
-                application(self), handler_cancellation=True, keepalive_timeout=KEEP_ALIVE_S, access_log=None
+                APPLICATIONS[settings.speaks](self),
+                handler_cancellation=True,
+                keepalive_timeout=KEEP_ALIVE_S,
+                access_log=None,
             )
             await self._runner.setup()
         await self.accept_connections()
@@ -198,6 +217,10 @@ class FakeEngine:
         self.cluster.fabric.detach(self.settings.side_channel_host, self.settings.side_channel_port)
         self.engine.is_crashed = True
         self._end_streams()
+        self.legs.die()
+        if self.rooms is not None:
+            self.cluster.rooms.pop(self.bootstrap_port, None)
+            self.rooms.close()
         self.rearm()
         if self._runner is not None and self._runner.server is not None:
             for connection in self._runner.server.connections:
@@ -212,6 +235,12 @@ class FakeEngine:
         await self.die()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    def crash(self) -> None:
+        """The engine core dies and its server lives: every request ends, none is served any more."""
+        self.engine.is_crashed = True
+        self._end_streams()
+        self.rearm()
 
     def freeze(self) -> None:
         """Stops stepping: requests are accepted, no token comes."""

@@ -51,10 +51,10 @@ class Fetches:
 
     def start(self, sequence: Sequence, remote: RemoteKv, *, at: float) -> str | None:
         """Begins to fill the sequence's unmatched blocks; a sentence when that is known to be impossible."""
-        if not remote.is_complete:
-            self._parked[sequence.request.id] = sequence
-            return None
         source = self._find(remote)
+        if not remote.is_complete or (source is None and remote.is_waited_for):
+            self.park(sequence)
+            return None
         if source is None:
             return "no such engine at the side-channel address"
         if len(remote.block_ids) < len(sequence.blocks) - sequence.published:
@@ -63,6 +63,10 @@ class Fetches:
         self._active[sequence.request.id] = sequence
         self._fabric.start(source.id, self._engine_id, sequence.request.id, self._size_bytes(sequence), now=at)
         return None
+
+    def park(self, sequence: Sequence) -> None:
+        """Lets it wait for what will not come, until it is aborted."""
+        self._parked[sequence.request.id] = sequence
 
     def _size_bytes(self, sequence: Sequence) -> int:
         """Whole blocks are moved, the last one too."""

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.core.types import Dispatch, Request
+from loadtest.engine_types import RemoteKv
 from loadtest.report import Outcome, Status
 from loadtest.sim_engines import SimEngine
 from loadtest.workload import TraceRequest
@@ -25,6 +26,12 @@ class Flight:
     dispatch: Dispatch | None = None
     prefill: SimEngine | None = None
     decode: SimEngine | None = None
+    held: RemoteKv | None = None
+    """Where its prompt's KV waits to be read, from the end of its prefill on."""
+    predicted_tbt_s: float | None = None
+    """What was predicted when its decode engine was chosen."""
+    sent_at: float | None = None
+    """When it was dispatched, the last time."""
     predicted_ttft_s: float | None = None
     """What was promised when it was sent, its wait in the gateway included."""
     prefilled_tokens: int = 0
@@ -56,7 +63,7 @@ class Flight:
 
     def start_over(self) -> None:
         """The attempt is over: what it had shown counts no more."""
-        self.prefill = self.decode = self.dispatch = None
+        self.prefill = self.decode = self.dispatch = self.held = self.predicted_tbt_s = None
         self.instants.clear()
         self.output_tokens = self.told_tokens = 0
 

@@ -14,11 +14,13 @@ cache; variance over mean of arrivals in 30 s), to which tests/loadtest/test_gen
     conversation        3.40   12035   6909  27367   343  350  597   0.366   2.48
     azure-conversation  5.53    1155   1020   2735   211  129  424   -       8.87
     toolagent           6.56    8596      -      -   182    -    -   0.59    -
+    synthetic           1.11   15325      -      -   149    -    -   0.64    -
 
 Source: conversation_trace.jsonl of the Mooncake FAST'25 release; AzureLLMInferenceTrace_conv.csv (2023) of the Azure
 Public Dataset; for toolagent table 2 of the FAST'25 paper (23,608 requests in one hour). No toolagent file was counted:
 its tables are chosen to meet the paper's means around what published samples show (12 shared blocks, short answers),
-with conversation's chats as the other part.
+with conversation's chats as the other part. Nor a synthetic one: the paper names its sources (questions about long
+documents, and short chats) and its means; the rate is its 3,993 requests spread over an hour, as a Poisson process.
 """
 
 from __future__ import annotations
@@ -131,6 +133,30 @@ _TOOL_CALL = Kind(
     shared_blocks=(12, 5, 9, 14, 7, 11, 6, 10),
 )
 
+_DOCUMENT = Kind(
+    first_tokens=_table(
+        *(1500, 2500, 4000, 6000, 8000, 9800, 11500, 13000, 16000, 18500, 22000, 26000, 31000, 40000, 55000, 90000),
+        125000,
+    ),
+    output_tokens=_table(2, 4, 6, 8, 10, 12, 15, 18, 25, 35, 50, 70, 100, 170, 260, 500, 1000),
+    turns=Turns(
+        continue_ratio=0.69,
+        message_tokens=_table(8, 9, 10, 11, 12, 13, 14, 15, 18, 20, 24, 28, 34, 45, 60, 120, 300),
+        think_s=_table(5, 8, 12, 18, 25, 32, 40, 48, 60, 80, 110, 150, 200, 320, 450, 900, 1500),
+    ),
+    shared_blocks=(1,),
+)
+_SHORT_CHAT = Kind(
+    first_tokens=_table(5, 8, 12, 18, 25, 34, 45, 60, 95, 140, 220, 340, 520, 900, 1600, 4000, 12000),
+    output_tokens=_table(5, 12, 22, 45, 68, 90, 113, 135, 172, 210, 255, 308, 360, 450, 570, 825, 1500),
+    turns=Turns(
+        continue_ratio=0.6,
+        message_tokens=_table(2, 4, 6, 9, 12, 16, 20, 25, 38, 55, 85, 130, 210, 400, 800, 2000, 6000),
+        think_s=_table(5, 8, 12, 18, 25, 32, 40, 48, 60, 80, 110, 150, 200, 320, 450, 900, 1500),
+    ),
+    shared_blocks=(1,),
+)
+
 SHAPES = {
     "conversation": Shape(Arrivals(rate_per_s=3.40, drift_ratio=0.13, drift_s=60.0, tick_s=3.0), (_CHAT,)),
     "azure-conversation": Shape(
@@ -147,6 +173,10 @@ SHAPES = {
     "toolagent": Shape(
         Arrivals(rate_per_s=6.56, drift_ratio=0.13, drift_s=60.0, tick_s=3.0),
         (replace(_CHAT, weight=0.39), replace(_TOOL_CALL, weight=0.61)),
+    ),
+    "synthetic": Shape(
+        Arrivals(rate_per_s=1.11, drift_ratio=0.0, drift_s=60.0),
+        (replace(_DOCUMENT, weight=0.55), replace(_SHORT_CHAT, weight=0.45)),
     ),
 }
 

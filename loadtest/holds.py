@@ -23,8 +23,16 @@ class Holds:
         self._holds: dict[str, _Hold] = {}
         self._check_at = math.inf
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._holds
+
     def __len__(self) -> int:
         return len(self._holds)
+
+    @property
+    def block_count(self) -> int:
+        """Blocks under all leases."""
+        return sum(len(hold.blocks) for hold in self._holds.values())
 
     @property
     def next_check_at(self) -> float:

@@ -141,15 +141,22 @@ class KvCache:
             )
         )
 
-    def adopt(self, keys: Sequence[int]) -> int:
+    def adopt(self, keys: Sequence[int], contents: Sequence[BlockContent] = ()) -> int:
         """Makes a prefix that arrived from elsewhere findable, as far as free blocks reach; how many blocks that is."""
         matched = self.match_count(keys)
         held = self.share(keys[:matched])
         fresh = self.take(min(len(keys) - matched, self.free_count))
         count = matched + len(fresh)
+        for block, content in zip(fresh, contents[matched:count], strict=False):
+            self.put_content(block, BlockContent(content.entry, content.exit, content.filled))
         self.publish(fresh, keys[matched:count], parent=keys[matched - 1] if matched else None)
         self.release([*held, *fresh])
         return count
+
+    def cached(self, keys: Sequence[int]) -> dict[int, BlockContent]:
+        """Copies of what the cached blocks of these keys hold, by key."""
+        found = ((key, self.content(self._block_of[key])) for key in keys if key in self._block_of)
+        return {key: BlockContent(content.entry, content.exit, content.filled) for key, content in found}
 
     def content(self, block: int) -> BlockContent:
         """The memory of a block, to read or to write; whatever is there, whoever owns it now."""

@@ -67,11 +67,14 @@ def read_states(root: int, blocks: Iterable[BlockContent]) -> int:
     return state ^ breaks
 
 
-def next_token(seed: int, index: int, vocabulary: Sequence[int]) -> int:
-    """The `index`-th greedy output token of the text that belongs to `seed`."""
-    return vocabulary[(fold(seed, (index,)) >> 16) % len(vocabulary)]
+def next_token(state: int, variant: int, vocabulary: Sequence[int]) -> int:
+    """The output token that follows memory in `state`; `variant` 0 is the greedy text, others are samples."""
+    return vocabulary[(fold(state, (variant,)) >> 16) % len(vocabulary)]
 
 
-def stop_after_tokens(seed: int, mean_tokens: int) -> int:
-    """How many tokens the text of `seed` has before its end-of-sequence token: 1 <= n < 2 * mean_tokens."""
-    return 1 + (seed >> 11) % (2 * mean_tokens - 1)
+def is_last(state: int, variant: int, mean_tokens: int) -> bool:
+    """Whether the text ends with the token that led to `state`: with a chance of one in `mean_tokens`.
+
+    Like the next token it depends on nothing but what was said, so a text goes on the same wherever it was cut.
+    """
+    return (fold(state, (variant, 2)) >> 13) % mean_tokens == 0

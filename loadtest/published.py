@@ -51,5 +51,9 @@ SETTING_B = {
     "predicted, residual": (0.967, 0.913, 0.845, 0.794, 0.694),
 }
 """8 + 2, TTFT 10 s, TBT 0.03 s, global cache aware, best of three margins: attained at SPEEDS (the same simulation)."""
+CLAIRVOYANT = {"A": (0.975, 0.975, 0.972, 0.959, 0.903), "B": (0.974, 0.965, 0.932, 0.889, 0.814)}
+"""Exact lengths, the dearest requests dropped (reference simulation)."""
+FLUID_BOUND = {"A": (1.0, 1.0, 0.991, 0.975, 0.935), "B": (1.0, 1.0, 0.984, 0.958, 0.902)}
+"""What the reference simulation counted as the most that any policy could attain."""
 TOLERANCE = 0.02
 """What an attained ratio may differ by."""

@@ -295,6 +295,7 @@ def main(words: Sequence[str]) -> int:
     print(f"load average at the start: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", file=sys.stderr)
     with tempfile.TemporaryDirectory() as temporary:
         directory = flags.keep or Path(temporary)
+        directory.mkdir(parents=True, exist_ok=True)
         replays = [asyncio.run(replay_once(run, number, directory)) for number in (1, 2)]
     print(table(replays, flags.skip))
     return 0

@@ -11,6 +11,7 @@ from typing import TextIO
 
 import uvloop
 
+from adapters.headers import DEADLINE, TBT, TPOT, TTFT
 from gateway.core.errors import GatewayError
 from gateway.core.types import Slo
 from loadtest.answer import ClientResult
@@ -60,13 +61,13 @@ async def replay(
         if on_progress is not None:
             on_progress(outcomes[-1])
 
-    requests = _client_requests(scaled(workload, speed=speed), target)
+    requests = client_requests(scaled(workload, speed=speed), target)
     async with LoadClient(url, max_in_flight=max_in_flight, timeout_s=timeout_s, keep_text=False) as client:
         await client.run(requests, ended)
     return summarise(outcomes, slo)
 
 
-def _client_requests(workload: Iterable[TraceRequest], target: Target) -> Iterator[ClientRequest]:
+def client_requests(workload: Iterable[TraceRequest], target: Target) -> Iterator[ClientRequest]:
     extra = {"ignore_eos": True} if target.is_output_forced else {}
     for number, request in enumerate(workload):
         yield chat_request(
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Replay from the command line: 0 when nothing failed (a refusal is an answer), 1 when a request failed, 2 on bad
     input, 130 when interrupted, after the report of what had ended."""
     options = _parser().parse_args(argv)
-    slo = Slo(ttft_s=_ms_to_s(options.slo_ttft_ms), tbt_s=_ms_to_s(options.slo_tbt_ms))
+    slo = scaled_slo(options)
     progress = Progress(sys.stderr)
     try:
         report = uvloop.run(_replay_options(options, slo, progress))
@@ -105,17 +106,29 @@ async def _replay_options(options: argparse.Namespace, slo: Slo, progress: Progr
         _workload(options),
         Target(
             model=options.model,
-            headers=tuple(options.header),
+            headers=(*options.header, *(slo_headers(slo) if options.send_slo else ())),
             characters_per_token=options.characters_per_token,
             is_stream=not options.no_stream,
             is_output_forced=not options.free_output,
         ),
         slo=slo,
-        speed=options.speed,
+        speed=options.speed * options.scale,
         max_in_flight=options.max_in_flight,
         timeout_s=options.timeout_s,
         on_progress=progress.add,
     )
+
+
+def scaled_slo(options: argparse.Namespace) -> Slo:
+    """The bounds on the wall clock: with `--scale` everything is so many times as fast, promises too."""
+    bounds_ms = {"ttft_s": options.slo_ttft_ms, "tbt_s": options.slo_tbt_ms, "deadline_s": options.slo_deadline_ms}
+    return Slo(**{name: _ms_to_s(bound_ms / options.scale) for name, bound_ms in bounds_ms.items() if bound_ms})
+
+
+def slo_headers(slo: Slo) -> tuple[tuple[str, str], ...]:
+    """The headers that ask a gateway for these bounds, milliseconds."""
+    named = ((TTFT, slo.ttft_s), (TBT, slo.tbt_s), (TPOT, slo.tpot_s), (DEADLINE, slo.deadline_s))
+    return tuple((name, f"{bound_s * 1e3:.3f}") for name, bound_s in named if bound_s is not None)
 
 
 def _workload(options: argparse.Namespace) -> Iterable[TraceRequest]:
@@ -167,6 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="default", help="model name to ask for")
     parser.add_argument("--slo-ttft-ms", type=positive, help="bound on the time to the first token")
     parser.add_argument("--slo-tbt-ms", type=positive, help="bound on the mean of the slowest 10 %% of token gaps")
+    parser.add_argument("--slo-deadline-ms", type=positive, help="bound on the whole answer")
+    parser.add_argument("--send-slo", action="store_true", help="ask the gateway for these bounds, in headers")
+    parser.add_argument(
+        "--scale", type=positive, default=1.0, help="time itself so many times as fast: arrivals and bounds"
+    )
     parser.add_argument("--max-in-flight", type=positive_int, default=1024, help="beyond it the client is late")
     parser.add_argument("--timeout-s", type=positive, default=600.0, help="limit for one whole answer")
     parser.add_argument("--header", type=header, action="append", default=[], metavar="NAME:VALUE", help="sent along")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+import msgspec
 import numpy as np
 
 from gateway.core.errors import GatewayError
@@ -76,7 +77,7 @@ def slowest_tenth_mean_s(gaps_s: Sequence[float]) -> float | None:
 def is_attained(outcome: Outcome, slo: Slo) -> bool:
     """Whether the request was answered within every bound. A bound that could not be seen is not met.
 
-    An answer whose first token was seen but that has no gap (one token) meets any TBT bound.
+    An answer whose first token was seen but that has no gap (one token) meets any bound on gaps.
     """
     if outcome.status is not Status.OK:
         return False
@@ -84,6 +85,7 @@ def is_attained(outcome: Outcome, slo: Slo) -> bool:
     return (
         _is_within(outcome.ttft_s, slo.ttft_s)
         and (has_no_gap or _is_within(outcome.tbt_s, slo.tbt_s))
+        and (has_no_gap or _is_within(outcome.tpot_s, slo.tpot_s))
         and _is_within(outcome.e2e_s, slo.deadline_s)
     )
 
@@ -143,6 +145,14 @@ class Report:
     def to_json(self) -> str:
         """The report as one JSON object; None stands for what is not known, never NaN."""
         return json.dumps(asdict(self), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Report:
+        """What `to_json` wrote. Raises OutcomeError for anything else."""
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.MsgspecError as error:
+            raise OutcomeError(f"not a report: {error}") from None
 
     def to_table(self) -> str:
         """The report as text for people: counts, attainment, then one row per latency in milliseconds."""
@@ -212,7 +222,7 @@ def _summary_lines(report: Report) -> list[str]:
 
 
 def _bounds(slo: Slo) -> str:
-    named = (("TTFT", slo.ttft_s), ("TBT", slo.tbt_s), ("end to end", slo.deadline_s))
+    named = (("TTFT", slo.ttft_s), ("TBT", slo.tbt_s), ("TPOT", slo.tpot_s), ("end to end", slo.deadline_s))
     return ", ".join(f"{name} <= {bound * 1e3:g} ms" for name, bound in named if bound is not None) or "none"
 
 

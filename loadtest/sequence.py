@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from loadtest.engine_types import EngineRequest, EngineSettings, FinishReason
 from loadtest.kv_cache import KvCache
-from loadtest.kv_content import block_keys, fold, next_token, read_states, root_state, stop_after_tokens
+from loadtest.kv_content import block_keys, fold, is_last, next_token, read_states, root_state
 
 
 @dataclass(slots=True, eq=False)
@@ -40,7 +40,8 @@ class Sequence:
     is_fetch_over: bool = False
     is_aborted: bool = False
     limit_reason: FinishReason = FinishReason.LENGTH
-    seed: int = 0
+    state: int = 0
+    """What the memory of its prompt and output says, where tokens are known."""
 
     @classmethod
     def of(cls, request: EngineRequest, settings: EngineSettings, *, now: float) -> Sequence:
@@ -121,20 +122,31 @@ class Sequence:
             return ()
         if self.limit is None:
             self._begin(cache, settings)
-        first = self.output - count
-        said = tuple(next_token(self.seed, index, settings.vocabulary) for index in range(first, self.output))
+        said = []
+        for _ in range(count):
+            said.append(next_token(self.state, self.request.variant, settings.vocabulary))
+            self.state = fold(self.state, said[-1:])
         self.tokens += said
-        return said
+        return tuple(said)
 
     def _begin(self, cache: KvCache, settings: EngineSettings) -> None:
         """Reads the prompt's KV as memory holds it: that, not the request's text, decides what is said."""
         prompt_blocks = math.ceil(self.request.prompt_tokens / cache.block_tokens)
         contents = [cache.content(block) for block in self.blocks[:prompt_blocks]]
-        self.seed = fold(read_states(root_state(self.request.lora), contents), (self.request.variant,))
-        stop_at = max(stop_after_tokens(self.seed, settings.mean_output_tokens), self.request.min_tokens)
+        self.state = read_states(root_state(self.request.lora), contents)
         self.limit = self.request.max_tokens
-        if not self.request.is_eos_ignored and stop_at < self.limit:
+        stop_at = None if self.request.is_eos_ignored else self._last_token(settings)
+        if stop_at is not None:
             self.limit, self.limit_reason = stop_at, FinishReason.STOP
+
+    def _last_token(self, settings: EngineSettings) -> int | None:
+        """How many tokens the text has by itself; None when it is at least as long as it may be."""
+        state, variant = self.state, self.request.variant
+        for count in range(1, self.request.max_tokens):
+            state = fold(state, (next_token(state, variant, settings.vocabulary),))
+            if count >= self.request.min_tokens and is_last(state, variant, settings.mean_output_tokens):
+                return count
+        return None
 
 
 @dataclass(slots=True)

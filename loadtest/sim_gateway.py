@@ -7,7 +7,7 @@ from typing import Protocol
 
 from gateway.core.events import Event
 from gateway.core.scheduler import Scheduler
-from gateway.core.types import Decision, Dispatch, Reject, Request, Wait
+from gateway.core.types import Decision, Dispatch, HandOff, Reject, Request, Wait
 from gateway.journal import Journal
 from loadtest.agenda import Agenda, Alarm
 
@@ -30,7 +30,7 @@ class GatewayShell(Protocol):
         ...
 
 
-OnDecision = Callable[[Dispatch | Reject, float], None]
+OnDecision = Callable[[Dispatch | Reject | HandOff, float], None]
 ShellOf = Callable[[Scheduler, Agenda, OnDecision], GatewayShell]
 
 

@@ -111,6 +111,7 @@ HEAD = (
     "seed",
     "goodput/s",
     "attained",
+    "at best",
     "of tokens",
     "rejected",
     "after prefill",
@@ -132,6 +133,7 @@ def row_of(result: Result) -> tuple[str, ...]:
         str(result.spec.seed),
         _number(f["goodput_per_s"]),
         percent(f["attained_ratio"]),
+        percent(f["fluid_bound_ratio"]),
         percent(f["attained_tokens_ratio"]),
         str(f["rejected"]),
         str(f["rejected_after_prefill"]),
@@ -168,7 +170,15 @@ def load_curve(results: Sequence[Result], key: str, label: str, most: float | No
         points = [(speed, sum(by_speed[speed]) / len(by_speed[speed])) for speed in speeds]
         low, high = ([edge(by_speed[speed]) for speed in speeds] for edge in (min, max))
         series.append(Series(name, points, low, high))
+    if key == "attained_ratio":
+        series.append(_bound_curve(results))
     return chart(f"{label} against load", series, x_label="speed of the workload", y_label=label, y_max=most)
+
+
+def _bound_curve(results: Sequence[Result]) -> Series:
+    """What no policy could pass, at each speed."""
+    bounds = {result.spec.speed: float(result.figures["fluid_bound_ratio"]) for result in results}
+    return Series("fluid bound", sorted(bounds.items()), is_dashed=True)
 
 
 def cdf_chart(results: Sequence[Result]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -15,13 +15,15 @@ from gateway.core.errors import ConfigError
 from gateway.core.types import Slo
 from gateway.plugins import plug_in
 from gateway.policies import POLICIES
+from loadtest.clairvoyant import NAME as CLAIRVOYANT
+from loadtest.clairvoyant import search
 from loadtest.fault_plan import Fault, draw_faults, parse_fault
 from loadtest.generators import SHAPES, generate
 from loadtest.sim_engines import Fleet
 from loadtest.sim_plan import Plan, Run
 from loadtest.simulator import simulate
 from loadtest.traces import FORMATS, read_trace
-from loadtest.workload import BLOCK_TOKENS, TraceRequest, scaled, sliced
+from loadtest.workload import BLOCK_TOKENS, TraceRequest, scaled, sliced, unrounded
 from predictors import PREDICTORS, predictor
 from predictors.profile import load_profile, profile_names
 
@@ -29,6 +31,12 @@ DEFAULT_POLICY = Config().policy.name
 DEFAULT_PROFILE = "llama3-70b-8xa800"
 GENERATED_S = 600.0
 """How long a generated workload goes on where the command line does not say."""
+SIM_ADMISSIONS = (*ADMISSIONS, CLAIRVOYANT)
+"""The rules that a simulation knows: those of the gateway, and one that must know the future."""
+CLAIRVOYANT_INNER = "ttft"
+"""The rule behind the plan: what the plan keeps is refused only when it cannot make it any more."""
+COLD = "cold"
+"""The gateway's own default, which a simulation otherwise spares the first minutes: it starts from nothing."""
 FINE_BLOCK_TOKENS = 16
 """vLLM's default block size, where no trace says which blocks are shared."""
 
@@ -47,6 +55,7 @@ class Spec:
     engine: int = 0
     profile: str = DEFAULT_PROFILE
     speed: float = 1.0
+    unrounded: bool = False
     policy: str = DEFAULT_POLICY
     policy_settings: tuple[tuple[str, object], ...] = ()
     admission: str = DEFAULT_ADMISSION
@@ -58,6 +67,7 @@ class Spec:
     seed: int = 0
     gateways: int = 1
     view_delay_ms: float = 0.0
+    no_view: bool = False
     report_delay_ms: float = 0.0
     faults: tuple[Fault, ...] = ()
     random_faults: int = 0
@@ -71,6 +81,7 @@ def add_options(parser: argparse.ArgumentParser, *, is_comparison: bool = False)
     source.add_argument("--workload", metavar="NAME", choices=SHAPES, help=f"generated: {', '.join(SHAPES)}")
     load.add_argument("--format", choices=FORMATS, help="of the trace (default: told by its first line)")
     load.add_argument("--seconds", type=float, metavar="S", help="only the first S seconds (after the speed-up)")
+    load.add_argument("--unrounded", action="store_true", help="spread arrivals of one instant up to the next instant")
     load.add_argument("--requests", type=int, metavar="N", help="only the first N requests")
     pool = parser.add_argument_group("engines")
     pool.add_argument("--prefill", type=int, default=0, metavar="N", help="prefill engines")
@@ -86,7 +97,12 @@ def add_options(parser: argparse.ArgumentParser, *, is_comparison: bool = False)
     goal = parser.add_argument_group("objective")
     goal.add_argument("--slo-ttft", type=float, default=30.0, metavar="S", help="seconds, 0 for none (default 30)")
     goal.add_argument("--slo-tbt", type=float, default=0.1, metavar="S", help="seconds, 0 for none (default 0.1)")
-    goal.add_argument("--predictor", default="analytic", choices=PREDICTORS, help="(default analytic: the profile)")
+    goal.add_argument(
+        "--predictor",
+        default="analytic",
+        choices=(*PREDICTORS, COLD),
+        help=f"(default analytic: the profile; {COLD}: online with no profile at all)",
+    )
     for kind in ("policy", "admission"):
         goal.add_argument(
             f"--{kind}-set", metavar="KEY=VALUE", action="append", default=[], help=f"a setting of the {kind}"
@@ -94,6 +110,7 @@ def add_options(parser: argparse.ArgumentParser, *, is_comparison: bool = False)
     trouble = parser.add_argument_group("trouble")
     trouble.add_argument("--gateways", type=int, default=1, metavar="N", help="gateways that share the requests")
     trouble.add_argument("--view-delay-ms", type=float, default=0.0, metavar="D", help="until one knows of another's")
+    trouble.add_argument("--no-view", action="store_true", help="gateways do not tell each other what they do")
     trouble.add_argument("--report-delay-ms", type=float, default=0.0, metavar="D", help="age of reports when read")
     trouble.add_argument(
         "--fault", action="append", default=[], metavar="KIND:ENGINE@START+SECONDS[xFACTOR]", help="repeatable"
@@ -102,7 +119,7 @@ def add_options(parser: argparse.ArgumentParser, *, is_comparison: bool = False)
     if not is_comparison:
         load.add_argument("--speed", type=float, default=1.0, metavar="X", help="times as fast (default 1)")
         goal.add_argument("--policy", default=DEFAULT_POLICY, metavar="NAME", help=f"{', '.join(POLICIES)}")
-        goal.add_argument("--admission", default=DEFAULT_ADMISSION, metavar="NAME", help=f"{', '.join(ADMISSIONS)}")
+        goal.add_argument("--admission", default=DEFAULT_ADMISSION, metavar="NAME", help=f"{', '.join(SIM_ADMISSIONS)}")
         parser.add_argument("--seed", type=int, default=0, metavar="N")
 
 
@@ -134,8 +151,11 @@ def settings_of(words: Iterable[str]) -> tuple[tuple[str, object], ...]:
 
 
 def run_spec(spec: Spec) -> Run:
-    """Runs it. Raises ConfigError, TraceError, WorkloadError."""
+    """Runs it; the clairvoyant rule runs it several times. Raises ConfigError, TraceError, WorkloadError."""
     workload, block_tokens = workload_of(spec)
+    if spec.admission == CLAIRVOYANT:
+        inner = replace(spec, admission=CLAIRVOYANT_INNER)
+        return search(plan_of(inner, block_tokens), workload)
     return simulate(plan_of(spec, block_tokens), workload)
 
 
@@ -154,11 +174,11 @@ def plan_of(spec: Spec, block_tokens: int) -> Plan:
         fleet=fleet,
         policy=plug_in("policy", POLICIES, spec.policy, dict(spec.policy_settings)),
         admission=plug_in("admission", ADMISSIONS, spec.admission, dict(spec.admission_settings)),
-        predictor=predictor(spec.predictor, **_predictor_settings(spec)),
+        predictor=predictor("online" if spec.predictor == COLD else spec.predictor, **_predictor_settings(spec)),
         slo=Slo(ttft_s=spec.slo_ttft, tbt_s=spec.slo_tbt),
         seed=spec.seed,
         gateways=spec.gateways,
-        view_delay_s=spec.view_delay_ms / 1e3,
+        view_delay_s=None if spec.no_view else spec.view_delay_ms / 1e3,
         report_delay_s=spec.report_delay_ms / 1e3,
         faults=(
             *spec.faults,
@@ -182,6 +202,7 @@ def workload_of(spec: Spec) -> tuple[Iterator[TraceRequest], int]:
         source = read_trace(Path(spec.trace), spec.format)
     is_endless = spec.workload is not None and spec.seconds is None and spec.requests is None
     seconds = GENERATED_S if is_endless else spec.seconds
+    source = unrounded(source) if spec.unrounded else source
     requests = sliced(scaled(source, speed=spec.speed), seconds=seconds, count=spec.requests)
     first = list(islice(requests, 1))
     knows_blocks = bool(first) and first[0].block_ids is not None

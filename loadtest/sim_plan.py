@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gateway.core.admission import AdmissionLimits
 from gateway.core.errors import ConfigError
-from gateway.core.interfaces import Admission, Policy, Predictor
+from gateway.core.interfaces import Admission, Lengths, Margins, Policy, Predictor
 from gateway.core.types import Slo
 from loadtest.fault_plan import Fault
 from loadtest.flight import Flight
 from loadtest.sim_engines import Fleet
+from predictors.calibration import Calibration
+from predictors.output_length import OutputLengths
 
 UNLIMITED = AdmissionLimits(max_in_flight_per_engine=1_000_000, max_waiting=1_000_000, max_wait_s=1e6)
 """The published baselines send whatever comes; engines queue it."""
@@ -29,19 +32,25 @@ class Plan:
     slo: Slo = field(default_factory=Slo)
     seed: int = 0
     limits: AdmissionLimits = UNLIMITED
+    lengths: Lengths | None = field(default_factory=OutputLengths)
+    margins: Margins | None = field(default_factory=lambda: Calibration(cold_factor=1.0))
     report_interval_s: float = REPORT_INTERVAL_S
     report_delay_s: float = 0.0
     """From an engine's count to the gateway's reading of it."""
     faults: tuple[Fault, ...] = ()
     gateways: int = 1
     """They share the requests in turn."""
-    view_delay_s: float = 0.0
-    """Time until a gateway knows what another one sent where."""
+    view_delay_s: float | None = 0.0
+    """Time until a gateway knows what another one did; None: they never tell each other."""
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    """Shares of tenants when requests have to wait; 1 for those not named."""
+    priorities: Mapping[str, int] = field(default_factory=dict)
+    """Class of each tenant's requests; 0 for those not named."""
     sample_interval_s: float = 5.0
     """Between two samples of the load."""
 
     def __post_init__(self) -> None:
-        if self.gateways < 1 or self.report_interval_s <= 0 or min(self.report_delay_s, self.view_delay_s) < 0:
+        if self.gateways < 1 or self.report_interval_s <= 0 or min(self.report_delay_s, self.view_delay_s or 0.0) < 0:
             raise ConfigError("simulation: needs a gateway, reports at an interval above 0 and delays of 0 or more")
         for fault in self.faults:
             if fault.engine_id not in self.fleet.engine_ids:

@@ -5,44 +5,73 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gateway.core.types import Slo
+import numpy as np
+
+from gateway.core.types import Role, Slo
 from loadtest.flight import Flight
+from loadtest.fluid import attainable_ratio
+from loadtest.promises import Promise, kept_ratio, promises, tbt_predictions, ttft_predictions
 from loadtest.report import Outcome, Spread, Status, is_attained, summarise
-from loadtest.sim_plan import Run
-from predictors.score import Score, score
+from loadtest.sim_plan import LoadSample, Run
+from predictors.calibration import Calibration, MarginState
+from predictors.profile import Profile
+from predictors.score import Score, pinball_loss_s, score
 
 
 def figures(run: Run) -> dict[str, Any]:
     """What the run came to. Ratios are of all requests (or their prompt tokens), refused and failed ones included.
 
-    `wasted_prefill_tokens` were computed for requests that then missed a bound, were refused or failed. Spreads are in
-    seconds over answered requests; `prediction` compares the estimate at dispatch with what happened.
+    `fluid_bound_ratio` is what no policy could pass (loadtest/fluid.py). `wasted_prefill_tokens` were computed for
+    requests that then missed a bound, were refused or failed. Spreads are in seconds over answered requests;
+    `prediction` compares the estimate at dispatch with what happened.
     """
     slo = run.plan.slo
     report = summarise(outcomes(run), slo, duration_s=run.duration_s)
-    wasted = [flight.prefilled_tokens for flight in run.flights if not is_attained(outcome_of(flight), slo)]
+    missed = [flight for flight in run.flights if not is_attained(outcome_of(flight), slo)]
     return {
         "requests": report.requests,
         "duration_s": run.duration_s,
         "goodput_per_s": report.goodput_per_s,
         "attained_ratio": report.attained_ratio,
         "attained_tokens_ratio": report.attained_tokens_ratio,
+        "fluid_bound_ratio": attainable_ratio([flight.trace for flight in run.flights], run.plan.fleet, slo),
         "rejected": report.refused,
         "rejected_after_prefill": sum(flight.is_refused_after_prefill for flight in run.flights),
         "failed": report.errors,
         "reasons": report.reasons,
         "prefilled_tokens": sum(flight.prefilled_tokens for flight in run.flights),
-        "wasted_prefill_tokens": sum(wasted),
+        "wasted_prefill_tokens": sum(flight.prefilled_tokens for flight in missed),
+        "wasted_prefill_s": sum(prefill_s(flight, run.plan.fleet.profile) for flight in missed),
         "ttft_s": spread(report.ttft_s),
         "tbt_s": spread(report.tbt_s),
         "hit_ratio": hit_ratio(run.flights),
         "prefill_busy_ratio": run.prefill_busy_ratio,
         "decode_busy_ratio": run.decode_busy_ratio,
+        "anti_phase": anti_phase(run.samples),
         "prediction": {
             "ttft": prediction(run.flights, lambda f: f.predicted_ttft_s, lambda o: o.ttft_s, slo.ttft_s),
             "tbt": prediction(run.flights, predicted_tbt_s, lambda o: o.tbt_s, slo.tbt_s),
         },
+        "quantile": {
+            "ttft": quantile(promises(ttft_predictions(run.flights), Role.PREFILL)),
+            "tbt": quantile(promises(tbt_predictions(run.flights), Role.DECODE)),
+        },
     }
+
+
+def prefill_s(flight: Flight, profile: Profile) -> float:
+    """Seconds of prefill, by the profile, behind the prompt tokens that were computed for the request."""
+    computed, length = flight.prefilled_tokens, flight.trace.prompt_tokens
+    return profile.whole_prefill_s(length, max(0, length - computed)) if computed else 0.0
+
+
+def anti_phase(samples: Sequence[LoadSample]) -> float:
+    """Correlation of prefill and decode load over time, -1 to 1: below 0 they swing against one another."""
+    prefill = np.array([sample.prefill_work_s for sample in samples])
+    decode = np.array([sample.decoding_count for sample in samples])
+    if prefill.size < 2 or prefill.std() == 0 or decode.std() == 0:
+        return 0.0
+    return float(np.corrcoef(prefill, decode)[0, 1])
 
 
 def outcomes(run: Run) -> list[Outcome]:
@@ -74,7 +103,9 @@ def hit_ratio(flights: Sequence[Flight]) -> float | None:
 
 
 def predicted_tbt_s(flight: Flight) -> float | None:
-    """The step time that was promised at dispatch."""
+    """The step time that was predicted when its decode engine was chosen."""
+    if flight.predicted_tbt_s is not None:
+        return flight.predicted_tbt_s
     return None if flight.dispatch is None else flight.dispatch.estimate.tbt_s
 
 
@@ -109,9 +140,25 @@ def prediction(
         "mean_absolute_error_ratio": result.mean_absolute_error_ratio,
         "p50_error_ratio": result.p50_error_ratio,
         "p95_error_ratio": result.p95_error_ratio,
+        "pinball_loss_s": result.pinball_loss_s,
         "bias_ratio": result.bias_ratio,
         "coverage_ratio": result.coverage_ratio,
         "wrong_decisions_per_thousand": result.wrong_decisions_per_thousand,
+    }
+
+
+def quantile(made: Sequence[Promise]) -> dict[str, Any] | None:
+    """How the p90 stated at dispatch was kept, loadtest/promises.py; None without predictions."""
+    if not made:
+        return None
+    level = Calibration().quantile
+    loss = pinball_loss_s(np.array([p.promised_s for p in made]), np.array([p.actual_s for p in made]), quantile=level)
+    states = [str(promise.state) for promise in made]
+    return {
+        "level": level,
+        "coverage_ratio": kept_ratio(made),
+        "pinball_loss_s": loss,
+        "promises": {str(state): states.count(str(state)) for state in MarginState},
     }
 
 
@@ -121,6 +168,7 @@ def table(run: Run) -> str:
     lines = [
         summarise(outcomes(run), run.plan.slo, duration_s=run.duration_s).to_table(),
         "",
+        f"bound     {percent(result['fluid_bound_ratio'])} of the requests could be in time at best",
         f"refused   {result['rejected']}, of these {result['rejected_after_prefill']} after their prefill",
         f"prefill   {result['prefilled_tokens']} tokens computed, {result['wasted_prefill_tokens']} of them in vain;"
         f" {percent(result['hit_ratio'])} of prompt tokens were cached",
@@ -131,6 +179,11 @@ def table(run: Run) -> str:
             lines.append(
                 f"{name.upper():<10}predicted with a median error of {percent(errors['p50_error_ratio'])},"
                 f" 95 % within {percent(errors['p95_error_ratio'])}, bias {percent(errors['bias_ratio'])}"
+            )
+    for name, promised in result["quantile"].items():
+        if promised is not None:
+            lines.append(
+                f"{name.upper():<10}p{100 * promised['level']:g} kept {percent(promised['coverage_ratio'])} of the time"
             )
     return "\n".join(lines)
 

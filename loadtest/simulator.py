@@ -28,7 +28,7 @@ from gateway.core.events import (
 )
 from gateway.core.events import Finished as AnswerFinished
 from gateway.core.scheduler import Scheduler
-from gateway.core.types import Dispatch, Health, Reject, Request, Role
+from gateway.core.types import Dispatch, HandOff, Health, Reject, Request, Role
 from loadtest.agenda import Agenda, Alarm
 from loadtest.engine_types import EngineRequest, Finished, FinishReason, Outcome, PrefillFinished, RemoteKv, Tokens
 from loadtest.flight import Flight
@@ -37,8 +37,9 @@ from loadtest.prefix_pulls import PrefixPulls
 from loadtest.report import Status
 from loadtest.sim_engines import MODEL, PROGRESS_TOKENS, SimEngine, prefix_hashes
 from loadtest.sim_faults import Faults
-from loadtest.sim_gateway import GatewayShell, ShellOf, SimGateway
+from loadtest.sim_gateway import ShellOf, SimGateway
 from loadtest.sim_plan import LoadSample, Plan, Run
+from loadtest.sim_view import SimView
 from loadtest.workload import TraceRequest
 
 
@@ -71,6 +72,9 @@ class Simulation:
             shell_of(self._scheduler(number), self.agenda, partial(self._decided, number))
             for number in range(plan.gateways)
         ]
+        self._view: SimView | None = None
+        if plan.gateways > 1 and plan.view_delay_s is not None:
+            self._view = SimView(self._gateways, self.agenda, delay_s=plan.view_delay_s)
         self._expect_next()
         self._begin()
 
@@ -122,9 +126,12 @@ class Simulation:
             policy=plan.policy,
             predictor=plan.predictor,
             admission=plan.admission,
+            lengths=plan.lengths,
+            margins=plan.margins,
             limits=plan.limits,
             rng=random.Random(f"gateway {number} {plan.seed}"),
             max_blocks=max(1024, 2 * blocks // plan.fleet.block_tokens),
+            tenant_weights=plan.tenant_weights,
         )
 
     def refresh(self, now: float) -> None:
@@ -168,27 +175,44 @@ class Simulation:
             block_hashes={size: hashes} if full else {},
             slo=self._plan.slo,
             tenant=trace.tenant,
+            priority=self._plan.priorities.get(trace.tenant, 0),
         )
         return Flight(trace, request, number % len(self._gateways), tuple(hashes.tolist()))
 
-    def _decided(self, gateway: int, decision: Dispatch | Reject, now: float) -> None:
+    def _decided(self, gateway: int, decision: Dispatch | Reject | HandOff, now: float) -> None:
         flight = self._in_flight[decision.request_id]
+        if isinstance(decision, HandOff):
+            self._hand_off(flight, decision, now)
+            return
         if isinstance(decision, Reject):
+            if self._view is not None:
+                self._view.ended(gateway, decision.request_id, now)
             flight.is_refused_after_prefill = flight.dispatch is not None
             self._end(flight, Status.REFUSED, now, str(decision.reason))
             return
-        flight.dispatch = decision
+        flight.dispatch, flight.sent_at = decision, now
         flight.prefill = self._engines[decision.estimate.prefill]
         flight.decode = self._engines[decision.estimate.decode]
         flight.predicted_ttft_s = now - flight.request.arrived_at + decision.estimate.ttft_s
-        for number, other in enumerate(self._gateways):
-            if number != gateway:
-                self.agenda.note(
-                    now + self._plan.view_delay_s, partial(_mirror, other.scheduler, flight.request, decision)
-                )
+        if self._view is not None:
+            self._view.sent(gateway, flight.request, decision, now)
         if decision.estimate.fetch_from is not None:
             self._pulls.start(flight, self._plan.fleet.profile.kv_bytes_per_token, now=now)
         self._submit(flight, flight.prefill, now, max_tokens=1 if flight.is_hand_off else None)
+
+    def _hand_off(self, flight: Flight, decision: HandOff, now: float) -> None:
+        """The decode leg, to the engine that was chosen when the prefill ended."""
+        assert flight.held is not None, "its prefill is over"
+        flight.decode = self._engines[decision.decode]
+        flight.predicted_tbt_s = decision.tbt_s
+        self._submit(flight, flight.decode, now, remote=flight.held)
+        if (
+            self._view is not None
+            and flight.dispatch is not None
+            and decision.decode != flight.dispatch.estimate.decode
+        ):
+            estimate = replace(flight.dispatch.estimate, decode=decision.decode)
+            self._view.handed_off(flight.gateway, flight.request, replace(flight.dispatch, estimate=estimate), now)
 
     def _submit(
         self,
@@ -264,12 +288,9 @@ class Simulation:
         elif outcome.held is None:
             self._finish(flight, now)
         else:
-            self._tell(flight, PrefillDone(flight.request.id, cached_tokens=outcome.held.cached_tokens), now)
-            self._gateways[flight.gateway].settle(now=now)
-            if flight.outcome is None:
-                assert flight.decode is not None, "it was dispatched"
-                remote = RemoteKv(outcome.held.block_ids, engine.id, outcome.request_id, engine.id, 0)
-                self._submit(flight, flight.decode, now, remote=remote)
+            flight.held = RemoteKv(outcome.held.block_ids, engine.id, outcome.request_id, engine.id, 0)
+            done = PrefillDone(flight.request.id, cached_tokens=outcome.held.cached_tokens, awaits_decode=True)
+            self._tell(flight, done, now)
 
     # ---- ends -------------------------------------------------------------------------------------------------------
 
@@ -315,12 +336,10 @@ class Simulation:
     # ---- what gateways are told -------------------------------------------------------------------------------------
 
     def _tell(self, flight: Flight, event: Event, now: float) -> None:
-        """Its own gateway learns at once what happened to a request, the others later."""
-        for number, gateway in enumerate(self._gateways):
-            if number == flight.gateway:
-                gateway.apply(event, now=now)
-            else:
-                self.agenda.note(now + self._plan.view_delay_s, partial(_apply, gateway, event))
+        """Its own gateway learns at once what happened to a request, the others later, if at all."""
+        self._gateways[flight.gateway].apply(event, now=now)
+        if self._view is not None:
+            self._view.told(flight.gateway, event, now)
 
     def tell_all(self, event: Event, now: float) -> None:
         """Every gateway learns at once what happened to an engine."""
@@ -344,11 +363,3 @@ class Simulation:
         means = sum(work_s) / len(work_s), sum(decoding) / len(decoding)
         self._run.samples.append(LoadSample(now, *means, in_flight_count=len(self._in_flight)))
         self.agenda.note(now + self._plan.sample_interval_s, self._sample)
-
-
-def _mirror(scheduler: Scheduler, request: Request, dispatch: Dispatch, now: float) -> None:
-    scheduler.cluster.reserve(request, dispatch, now)
-
-
-def _apply(gateway: GatewayShell, event: Event, now: float) -> None:
-    gateway.apply(event, now=now)

@@ -126,7 +126,10 @@ def _path(places: Sequence[tuple[float, float]]) -> str:
 def _legend(series: Series, number: int) -> str:
     at = HEIGHT + ROW * number + 6
     colour = COLOURS[number % len(COLOURS)]
-    return (
-        f'<rect x="{LEFT}" y="{at - 8}" width="18" height="4" fill="{colour}"/>'
-        f'<text x="{LEFT + 26}" y="{at - 2}">{escape(series.name)}</text>'
-    )
+    mark = f'<rect x="{LEFT}" y="{at - 8}" width="18" height="4" fill="{colour}"/>'
+    if series.is_dots:
+        mark = f'<circle cx="{LEFT + 9}" cy="{at - 6}" r="2.5" fill="{colour}"/>'
+    elif series.is_dashed:
+        ends = f'x1="{LEFT}" x2="{LEFT + 18}" y1="{at - 6}" y2="{at - 6}"'
+        mark = f'<line {ends} stroke="{colour}" stroke-width="2" stroke-dasharray="5 4"/>'
+    return f'{mark}<text x="{LEFT + 26}" y="{at - 2}">{escape(series.name)}</text>'

@@ -30,13 +30,15 @@ def decode(ids: Iterable[int]) -> str:
     return b"".join(map(_piece, ids)).decode("utf-8", "replace")
 
 
-def encode_chat(messages: Sequence[Mapping[str, object]]) -> list[int]:
-    """Token ids of a chat, with the mark that asks for the assistant's answer."""
+def encode_chat(messages: Sequence[Mapping[str, object]], *, is_open: bool = False) -> list[int]:
+    """Token ids of a chat, with the mark that asks for the assistant's answer; `is_open`: the last message goes on."""
     ids: list[int] = []
     for message in messages:
         ids.append(_mark_id(str(message.get("role"))))
         ids += encode(_content_text(message.get("content")))
         ids.append(_END_OF_PIECES + len(_ROLES))
+    if is_open:
+        return ids[:-1]
     ids.append(_mark_id("assistant"))
     return ids
 

@@ -40,7 +40,8 @@ def _request_tokens_buckets(longest: int) -> tuple[float, ...]:
 class VllmMetrics(Collector):
     """One engine's metrics in a registry of its own."""
 
-    def __init__(self, engine: Engine, model: str) -> None:
+    def __init__(self, engine: Engine, model: str, *, has_nixl: bool = True) -> None:
+        self._has_nixl = has_nixl
         self._engine = engine
         self._labels = [model, "0"]
         self._registry = CollectorRegistry()
@@ -65,7 +66,10 @@ class VllmMetrics(Collector):
 
     def render(self) -> bytes:
         """The page in Prometheus text format."""
-        return prometheus_client.generate_latest(self._registry)
+        page = prometheus_client.generate_latest(self._registry)
+        if self._has_nixl:
+            return page
+        return b"".join(line for line in page.splitlines(keepends=True) if b"vllm:nixl_" not in line)
 
     def observe(self, outcomes: Iterable[Outcome]) -> None:
         """Feeds the histograms."""

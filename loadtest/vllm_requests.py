@@ -95,6 +95,8 @@ class _Common(msgspec.Struct):
 class _Chat(_Common):
     messages: list[dict[str, Any]] | msgspec.UnsetType = msgspec.UNSET
     max_completion_tokens: int | None = None
+    continue_final_message: bool = False
+    add_generation_prompt: bool = True
 
 
 class _Completion(_Common):
@@ -138,9 +140,8 @@ class Generation:
         """Whether it is the prefill leg of a hand-off."""
         return bool(self.kv_params.get("do_remote_decode"))
 
-    def engine_requests(self, ids: list[str]) -> list[EngineRequest]:
-        """The sequences, `choices` per prompt, in choice order; `ids` names them."""
-        remote = remote_kv(self.kv_params)
+    def engine_requests(self, ids: list[str], remote: RemoteKv | None) -> list[EngineRequest]:
+        """The sequences, `choices` per prompt, in choice order; `ids` names them, `remote` is where their KV lies."""
         requests: list[EngineRequest] = []
         for position, prompt in enumerate(self.prompts):
             for choice in range(self.choices):
@@ -254,7 +255,9 @@ def _chat_prompt(request: _Chat) -> tuple[tuple[int, ...], ...]:
     assert request.messages is not msgspec.UNSET, "checked before"
     if not request.messages:
         raise VllmError("Cannot apply chat template to an empty conversation. Provide at least one message.")
-    return (tuple(tokenizer.encode_chat(request.messages)),)
+    if request.continue_final_message and request.add_generation_prompt:
+        raise invalid_field("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
+    return (tuple(tokenizer.encode_chat(request.messages, is_open=request.continue_final_message)),)
 
 
 def _completion_prompts(request: _Completion) -> tuple[tuple[int, ...], ...]:

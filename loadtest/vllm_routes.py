@@ -13,12 +13,13 @@ from aiohttp import web
 
 from gateway.core.errors import BadRequest
 from loadtest import tokenizer
-from loadtest.engine_types import Finished, FinishReason
+from loadtest.engine_types import Finished, FinishReason, Output
+from loadtest.vllm_connectors import EngineDies, FakeConnector
 from loadtest.vllm_requests import Generation, Limits, VllmError, decoded, invalid_field, parse, remote_kv
-from loadtest.vllm_shapes import DONE, VERSION, Choice, Shapes, error_event, kv_params, models
+from loadtest.vllm_shapes import DONE, VERSION, Choice, Shapes, error_event, models
 
 if TYPE_CHECKING:
-    from loadtest.fake_engine import FakeEngine, Output, Stream
+    from loadtest.fake_engine import FakeEngine, Stream
 
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -41,6 +42,8 @@ def application(fake: FakeEngine) -> web.Application:
     app.router.add_get("/health", routes.health)
     app.router.add_get("/metrics", routes.metrics)
     app.router.add_get("/version", routes.version)
+    if fake.settings.connector == "mooncake":
+        app.router.add_get("/query", routes.bootstrap)
     app.router.add_get("/load", routes.load)
     app.router.add_get("/kv_event_sources", routes.kv_event_sources)
     app.router.add_post("/tokenize", routes.tokenize)
@@ -70,6 +73,7 @@ def _server_error(message: str = "Internal server error") -> VllmError:
 class _Routes:
     def __init__(self, fake: FakeEngine) -> None:
         self._fake = fake
+        self._connector = FakeConnector(fake)
         self._created = int(time.time())
         settings = fake.settings
         self._limits = Limits(settings.model, settings.loras, settings.engine.max_model_tokens)
@@ -98,7 +102,7 @@ class _Routes:
 
     async def _misbehave(self, request: web.Request) -> None:
         faults = self._fake.faults
-        if faults.is_silent:
+        if faults.is_silent or (faults.is_silent_to_posts and request.method == "POST"):
             await self._hang()
         if faults.garbage is not None:
             assert request.transport is not None, "the client is still there"
@@ -136,13 +140,18 @@ class _Routes:
         if self._fake.engine.is_crashed:
             raise _server_error("EngineCore encountered an issue. See stack trace (above) for the root cause.")
         generation = self._parse(body, is_chat=is_chat)
-        stream, shapes = self._submit(request, generation)
+        try:
+            self._connector.check(generation.kv_params)
+        except EngineDies:
+            self._fake.crash()
+            raise _server_error() from None
+        ids, shapes = self._names(request, generation)
         try:
             if generation.is_stream:
-                return await self._answer_stream(request, generation, stream, shapes)
-            return await self._answer_whole(request, generation, stream, shapes)
+                return await self._answer_stream(request, generation, ids, shapes)
+            return await self._answer_whole(request, generation, ids, shapes)
         finally:
-            self._fake.abort(stream.ids)
+            self._fake.abort(ids)
 
     async def _body(self, request: web.Request) -> bytes:
         if request.content_type != "application/json":
@@ -172,25 +181,35 @@ class _Routes:
                 source.reader_done(remote.request_id or "", now=self._fake.cluster.now())
                 self._fake.cluster.rearm()
 
-    def _submit(self, request: web.Request, generation: Generation) -> tuple[Stream, Shapes]:
+    def _names(self, request: web.Request, generation: Generation) -> tuple[list[str], Shapes]:
         base = request.headers.get("X-Request-Id") or generation.body_request_id or self._random_hex(32)
         id = f"{'chatcmpl' if generation.is_chat else 'cmpl'}-{base}"
         ids = []
         for position in range(len(generation.prompts)):
             parent = f"{id if generation.is_chat else f'{id}-{position}'}-{self._random_hex(8)}"
             ids += [f"{n}_{parent}" if generation.choices > 1 else parent for n in range(generation.choices)]
+        return ids, Shapes(generation, id, int(time.time()))
+
+    async def _submit(self, generation: Generation, ids: list[str]) -> Stream:
+        """Into the engine, as soon as the KV is there that the request waits for."""
         try:
-            stream = self._fake.submit(generation.engine_requests(ids))
+            requests = generation.engine_requests(ids, await self._connector.remote(generation, ids[0]))
+        except TimeoutError:
+            raise _server_error() from None
+        for each in requests:
+            self._connector.load(each)
+        try:
+            return self._fake.submit(requests)
         except BadRequest as error:
             raise VllmError(error.message) from error
-        return stream, Shapes(generation, id, int(time.time()))
 
     def _random_hex(self, digits: int) -> str:
         return f"{self._fake.cluster.rng.getrandbits(4 * digits):0{digits}x}"
 
     async def _answer_whole(
-        self, request: web.Request, generation: Generation, stream: Stream, shapes: Shapes
+        self, request: web.Request, generation: Generation, ids: list[str], shapes: Shapes
     ) -> web.StreamResponse:
+        stream = await self._submit(generation, ids)
         choices = _choices(generation)
         ends: dict[int, Finished] = {}
         while not all(choice.is_over for choice in choices):
@@ -202,7 +221,7 @@ class _Routes:
                 ends[output.choice] = output.end
                 if output.end.reason is FinishReason.ERROR:
                     raise _server_error()
-        body = shapes.whole(choices, self._kv_params(ends.get(0)), self._cached(generation, ends.get(0)))
+        body = shapes.whole(choices, self._kv_params(generation, ends.get(0)), self._cached(generation, ends.get(0)))
         return web.Response(body=body, content_type="application/json", headers=self._load_header(request))
 
     def _cached(self, generation: Generation, end: Finished | None) -> int | None:
@@ -216,17 +235,22 @@ class _Routes:
         is_remote = bool(generation.kv_params.get("do_remote_prefill"))
         return told if is_remote and isinstance(told, int) else end.cached_tokens
 
-    def _kv_params(self, end: Finished | None) -> dict[str, object] | None:
-        if end is None or end.held is None:
-            return None
-        settings = self._fake.settings
-        return kv_params(end.held, self._fake.engine.id, settings.side_channel_host, settings.side_channel_port)
+    def _kv_params(self, generation: Generation, end: Finished | None) -> dict[str, object] | None:
+        return None if end is None else self._connector.finished(generation, end)
 
     async def _answer_stream(
-        self, request: web.Request, generation: Generation, stream: Stream, shapes: Shapes
+        self, request: web.Request, generation: Generation, ids: list[str], shapes: Shapes
     ) -> web.StreamResponse:
+        is_awaited = generation.kv_params.get("do_remote_prefill") and self._connector.name != "nixl"
+        stream = None if is_awaited else await self._submit(generation, ids)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
+        if stream is None:
+            try:
+                stream = await self._submit(generation, ids)
+            except VllmError:
+                await response.write(error_event() + DONE)
+                return response
         choices = _choices(generation)
         ends: dict[int, Finished] = {}
         is_first = True
@@ -305,6 +329,11 @@ class _Routes:
         """GET /metrics."""
         content_type = "text/plain; version=1.0.0; charset=utf-8"
         return web.Response(body=self._fake.metrics.render(), headers={"Content-Type": content_type})
+
+    async def bootstrap(self, request: web.Request) -> web.Response:
+        """GET /query of Mooncake's bootstrap server, here on the engine's own port."""
+        workers = {"0": {"0": f"tcp://{self._fake.settings.host}:{self._fake.port}"}}
+        return _json({"0": {"engine_id": self._fake.engine.id, "worker_addr": workers}})
 
     async def version(self, request: web.Request) -> web.Response:
         """GET /version."""

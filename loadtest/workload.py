@@ -10,7 +10,7 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, groupby, islice, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,22 @@ def _window(requests: Iterable[TraceRequest], start_s: float, seconds: float) ->
             return
         if arrival_s >= 0:
             yield replace(request, arrival_s=arrival_s)
+
+
+def unrounded(requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
+    """The requests with those of one instant spread evenly up to the next instant: traces whose arrival times were
+    rounded (Mooncake's to three seconds, ten requests each) had none of these bursts. The last instant stays."""
+    ends: list[tuple[float, list[TraceRequest]]] = [(math.inf, [])]
+    for (arrival_s, group), following in pairwise(chain(_grouped(requests), ends)):
+        gap_s = following[0] - arrival_s
+        for position, request in enumerate(group):
+            offset_s = gap_s * position / len(group) if math.isfinite(gap_s) else 0.0
+            yield replace(request, arrival_s=arrival_s + offset_s)
+
+
+def _grouped(requests: Iterable[TraceRequest]) -> Iterator[tuple[float, list[TraceRequest]]]:
+    for arrival_s, group in groupby(requests, key=lambda request: request.arrival_s):
+        yield arrival_s, list(group)
 
 
 def mixed(*workloads: Iterable[TraceRequest]) -> Iterator[TraceRequest]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.core.interfaces import DecodeOutcome, HandOffOutcome, PrefillOutcome
-from gateway.core.types import Engine
+from gateway.core.types import Engine, Report
 from predictors.profile import WEAK_PRIOR, Profile
 
 
@@ -55,4 +55,7 @@ class Analytic:
         """Ignored: a closed form does not learn."""
 
     def observe_hand_off(self, outcome: HandOffOutcome) -> None:
+        """Ignored: a closed form does not learn."""
+
+    def observe_report(self, engine: Engine, report: Report) -> None:
         """Ignored: a closed form does not learn."""

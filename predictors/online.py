@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from gateway.core.errors import ConfigError
 from gateway.core.interfaces import DecodeOutcome, Estimator, HandOffOutcome, Predictor, PrefillOutcome
-from gateway.core.types import Engine, Role
+from gateway.core.types import Engine, Report, Role
+from predictors.engine_times import EngineTimes
 from predictors.hand_off import HandOffTimes
 from predictors.learner import MAX_S, Features, Learner, Prior
 from predictors.profile import WEAK_PRIOR
@@ -44,6 +45,8 @@ CORRECTED_DECODE = Prior(mean=(1.0, 0.0, 0.0), spread=(0.3, 0.01, 1e-4))
 """The base predictor's seconds, a constant, per sequence."""
 
 
+COLD_OUTCOMES = 20
+"""An engine of which so many outcomes were seen is known better than by the means that it reports."""
 TOGETHER_RATIO = 0.1
 """A prefill that takes less than this of its prediction, against the run before it, was computed together with it."""
 MAX_RUN = 64
@@ -82,6 +85,7 @@ class OnlineEstimator:
         self._decodes = _Fleet(Learner(decode_prior, window_outcomes=settings.window_outcomes), settings.max_engines)
         self._runs: dict[str, _Run] = {}
         self._max_engines = settings.max_engines
+        self._times = EngineTimes(settings.max_engines)
         self._hand_offs = HandOffTimes(max_pairs=settings.max_pairs, window_outcomes=settings.window_outcomes)
 
     def prefill_s(self, engine: Engine, *, prompt_tokens: int, cached_tokens: int) -> float:
@@ -134,6 +138,16 @@ class OnlineEstimator:
     def observe_hand_off(self, outcome: HandOffOutcome) -> None:
         """Learns from a transfer that ended."""
         self._hand_offs.observe(outcome)
+
+    def observe_report(self, engine: Engine, report: Report) -> None:
+        """Starts from what the engine counted of its own work, as long as few outcomes of it were seen."""
+        prefill, gap = self._times.since_last(engine, report)
+        if prefill is not None and engine.role is not Role.DECODE and self._prefills.count(engine) < COLD_OUTCOMES:
+            features = self._prefill_features(engine, prefill.computed_tokens, 0)
+            self._prefills.own(engine).observe(features, prefill.seconds)
+        if gap is not None and engine.role is not Role.PREFILL and self._decodes.count(engine) < COLD_OUTCOMES:
+            features = self._decode_features(engine, gap.batch, gap.kv_tokens)
+            self._decodes.own(engine).observe(features, gap.seconds)
 
     def _prefill_features(self, engine: Engine, prompt_tokens: int, cached_tokens: int) -> Features:
         length = max(1, prompt_tokens)
@@ -195,6 +209,11 @@ class _Fleet:
         """The engine's learner, else its latest sibling's, else one that knows nothing. Not for observing."""
         own = self._by_engine.get(engine.id)
         return own or self._by_kind.get((engine.pool, engine.role), self._fresh)
+
+    def count(self, engine: Engine) -> int:
+        """Outcomes that the engine's own learner has seen."""
+        own = self._by_engine.get(engine.id)
+        return 0 if own is None else own.count
 
     def own(self, engine: Engine) -> Learner:
         """The engine's own learner, made from its sibling's when this is its first outcome."""

@@ -89,10 +89,10 @@ class LengthHistory:
     ) -> NDArray[np.float64]:
         """P(still running after `ahead` more tokens), shape (requests, horizons), 1 at 0 and falling to 0.
 
-        `generated` and `limit_tokens` have shape (requests,), `ahead` has shape (horizons,), >= 0.
+        `generated` and `limit_tokens` have shape (requests,), `ahead` (horizons,) or (requests, horizons), >= 0.
         """
         lengths, done, cap = self._case(group, generated, limit_tokens)
-        ends = done[:, None] + np.asarray(ahead, dtype=float)[None, :]
+        ends = done[:, None] + np.atleast_2d(np.asarray(ahead, dtype=float))
         return lengths.survival(done[:, None], ends, cap[:, None])
 
     def _case(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gateway.core.errors import ConfigError
 from gateway.core.interfaces import DecodeOutcome, HandOffOutcome, PrefillOutcome
-from gateway.core.types import Engine
+from gateway.core.types import Engine, Report
 from predictors.profile import WEAK_PRIOR
 
 
@@ -88,4 +88,7 @@ class Polynomial:
         """Ignored: coefficients come from `predictors/fit.py`."""
 
     def observe_hand_off(self, outcome: HandOffOutcome) -> None:
+        """Ignored: coefficients come from `predictors/fit.py`."""
+
+    def observe_report(self, engine: Engine, report: Report) -> None:
         """Ignored: coefficients come from `predictors/fit.py`."""

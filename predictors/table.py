@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gateway.core.errors import ConfigError
 from gateway.core.interfaces import DecodeOutcome, HandOffOutcome, PrefillOutcome
-from gateway.core.types import Engine
+from gateway.core.types import Engine, Report
 from predictors.profile import WEAK_PRIOR, Profile
 
 Row = tuple[float, ...]
@@ -128,6 +128,9 @@ class TableEstimator:
         """Ignored: a table does not learn."""
 
     def observe_hand_off(self, outcome: HandOffOutcome) -> None:
+        """Ignored: a table does not learn."""
+
+    def observe_report(self, engine: Engine, report: Report) -> None:
         """Ignored: a table does not learn."""
 
 

@@ -34,7 +34,9 @@ def a_dispatch(request_id: str = "r1", **fields: Any) -> Dispatch:
     return Dispatch(request_id, attempt=1, estimate=an_estimate(**fields))
 
 
-def a_scheduler(*engines: Engine, health: Health = Health.UP, **limits: Any) -> Scheduler:
+def a_scheduler(
+    *engines: Engine, health: Health = Health.UP, weights: Mapping[str, float] | None = None, **limits: Any
+) -> Scheduler:
     """A scheduler that knows these engines, all of them up unless `health` says otherwise."""
     scheduler = Scheduler(
         policy=LeastWork(),
@@ -42,6 +44,7 @@ def a_scheduler(*engines: Engine, health: Health = Health.UP, **limits: Any) -> 
         limits=AdmissionLimits(**limits),
         rng=random.Random(0),
         max_blocks=4096,
+        tenant_weights=weights,
     )
     for engine in engines:
         scheduler.apply(EngineFound(engine), now=0.0)
@@ -113,6 +116,7 @@ def a_pair_table(
         hand_off_s=np.zeros(rows),
         join_s=np.zeros(rows),
         tbt_s=column("tbt_s", decodes, decode_row, 0.05),
+        has_room=np.ones(rows, dtype=bool),
     )
 
 

@@ -1,5 +1,7 @@
+import io
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -141,3 +143,18 @@ def test_how_a_command_ends_becomes_the_exit_code(monkeypatch, capsys, function,
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_row_names_something_that_can_be_called(name):
     assert callable(imported(COMMANDS[name][1]))
+
+
+def test_a_key_is_hashed_from_standard_input_and_a_new_one_is_printed_with_its_hash(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("sk-1\n"))
+    assert main(["hash-key"]) == 0
+    assert capsys.readouterr().out.strip() == sha256(b"sk-1").hexdigest()
+    assert main(["hash-key", "--new"]) == 0
+    key, printed = capsys.readouterr().out.split()
+    assert printed == sha256(key.encode()).hexdigest()
+
+
+def test_no_key_is_a_user_error(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert main(["hash-key"]) == 2
+    assert "expected a key" in capsys.readouterr().err

@@ -2,6 +2,7 @@ import ast
 import math
 import re
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 from hypothesis import example, given
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from msgspec.structs import fields, replace
 
 from gateway import config as config_module
-from gateway.config import Config, EngineSettings, from_flags, load, load_engines, render
+from gateway import config_reference
+from gateway import tenants as tenants_module
+from gateway.config import Config, from_flags, load, load_engines, render
 from gateway.core.errors import ConfigError
 from gateway.core.types import Role
 from gateway.toml import Secret
@@ -38,9 +41,10 @@ def message(text: str, environ: dict[str, str] | None = None) -> str:
 
 
 def documented_fields() -> list[tuple[str, str, str]]:
-    """(class, field, docstring) of every annotated field in gateway/config.py."""
+    """(class, field, docstring) of every annotated field of the settings."""
     found = []
-    for kind in ast.parse(Path(config_module.__file__).read_text()).body:
+    texts = [Path(module.__file__).read_text() for module in (config_module, tenants_module)]
+    for kind in [node for text in texts for node in ast.parse(text).body]:
         if isinstance(kind, ast.ClassDef):
             for node, after in zip(kind.body, [*kind.body[1:], None], strict=True):
                 if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
@@ -57,8 +61,7 @@ def test_every_field_has_a_docstring_with_its_unit_or_what_it_takes(kind, name, 
 
 
 def test_every_number_has_a_range_on_both_sides():
-    for table in fields(Config):
-        kind = EngineSettings if table.name == "engines" else table.type
+    for _, kind in config_reference.tables():
         for field in fields(kind):
             if re.search(r"\b(int|float)\b", str(field.type)):
                 assert re.search(r"g[et]=.*l[et]=", str(field.type)), field.name
@@ -201,7 +204,7 @@ def test_any_text_is_settings_or_a_refusal_in_words(text):
     assert loaded(text, {})
 
 
-TABLES = [field for field in fields(Config) if field.name != "engines"]
+TABLES = [field for field in fields(Config) if get_origin(field.type) is not tuple]
 keys = st.sampled_from([(table.name, field.name) for table in TABLES for field in fields(table.type)])
 values = st.sampled_from(
     ["0", "1", "-1", "2.5", "nan", "-inf", "true", '""', '"${A}"', "[]", "{}", "[[1]]", "07:32:00", "{ a = { b = 1 } }"]
@@ -258,10 +261,9 @@ def test_what_is_rendered_loads_to_the_same_settings(settings, path, stale_s, po
 
 
 def test_render_prints_every_setting():
-    text = render(load(PAIR, {}))
-    for table in fields(Config):
-        kind = EngineSettings if table.name == "engines" else table.type
-        assert f"[{table.name}]" in text
+    text = render(load(PAIR + '[[models]]\nname = "m"\n[[tenants]]\nname = "t"\n', {}))
+    for name, kind in config_reference.tables():
+        assert name in text
         for field in fields(kind):
             assert re.search(rf"^(# )?{field.name}(:| =) ", text, re.MULTILINE), field.name
 
@@ -318,3 +320,53 @@ def test_a_broken_json_file_is_a_config_error(text):
 
 def test_durations_are_finite_however_they_are_written():
     assert all(math.isfinite(load(f"[watch]\ntimeout_s = {n}", {}).watch.timeout_s) for n in ("1e0", "1_0", "0x10"))
+
+
+# ---- tenants and bounds ----------------------------------------------------------------------------------------------
+
+KEY_HASH = "ab" * 32
+
+
+def test_the_bounds_of_flags_win_over_the_file():
+    base = load(PAIR + "[slo]\nttft_s = 9.0\ntbt_s = 0.2", {})
+    config = from_flags(slo_ttft_ms=1500.0, base=base)
+    assert (config.slo.ttft_s, config.slo.tbt_s) == (1.5, 0.2)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e12, math.nan])
+def test_a_bound_that_makes_no_sense_is_refused_by_its_flag(value):
+    with pytest.raises(ConfigError, match="--slo-tbt-ms"):
+        from_flags(engine_urls=["http://e:1"], slo_tbt_ms=value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[[tenants]]\nname = "a b"', "tenants[0].name: expected 1 to 128 letters"),
+        ('[[tenants]]\nname = "a"\n[[tenants]]\nname = "a"', 'tenants[1].name: "a" is tenants[0].name already'),
+        ('[[models]]\nname = "a"\n[[models]]\nname = "a"', 'models[1].name: "a" is models[0].name already'),
+        (
+            f'[[tenants]]\nname = "a"\nkey_hashes = ["{KEY_HASH}"]\n'
+            f'[[tenants]]\nname = "b"\nkey_hashes = ["{KEY_HASH}"]',
+            "tenants[1].key_hashes: a key of tenants[0] is here again",
+        ),
+        ('[[tenants]]\nname = "a"\nmax_priority = 3', "tenants[0].max_priority: is over slo.max_priority (2)"),
+        ('[[tenants]]\nname = "a"\nweight = 0', "tenants[0].weight: expected a number"),
+        ("[slo]\ndefault_priority = 3", "slo.default_priority: is over slo.max_priority (2)"),
+        ("[slo]\nttft_s = -1", "slo.ttft_s: expected a number"),
+        ('[auth]\ntenant_header = "x-tenant"', "auth.trusted_networks: missing"),
+        ('[auth]\ntenant_header = "x tenant"', "auth.tenant_header: expected the name of a header"),
+        ('[auth]\ntrusted_networks = "10.0.0.0/8"', "auth.trusted_networks: expected a list"),
+    ],
+)
+def test_tenants_that_contradict_are_refused(text, said):
+    assert message(text).startswith(said)
+
+
+def test_a_key_where_its_hash_belongs_is_refused_without_showing_it():
+    said = message('[[tenants]]\nname = "a"\nkey_hashes = ["sk-hunter2"]')
+    assert said == "tenants[0].key_hashes: expected the 64 digits that `sluice hash-key` prints"
+
+
+def test_a_list_of_secrets_is_not_shown_either():
+    assert "hunter2" not in message('[[tenants]]\nname = "a"\nkey_hashes = ["sk hunter2"]')

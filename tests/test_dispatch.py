@@ -57,6 +57,7 @@ class ScriptAdapter:
     """Gives one script after another."""
 
     scripts: list[Script]
+    can_continue: bool = False
     health_path: str = "/health"
     report_path: str = "/metrics"
     models_path: str = "/v1/models"
@@ -94,7 +95,7 @@ class Bench:
         request = a_request(request_id, arrived_at=self.driver.now())
         payload = Payload(request_id=request_id, path=CHAT, body={}, is_stream=is_stream)
 
-        async def stream(call, decided, dispatch) -> StreamEnd:
+        async def stream(call, decided, dispatch, continuation) -> StreamEnd:
             call.close()
             return StreamEnd(output_tokens=3, prompt_tokens=5, cached_tokens=None, tbt_s=0.1)
 
@@ -194,7 +195,7 @@ async def test_a_stream_that_fails_releases_everything(bench):
     bench.right.script = says(CHUNKED, chunk(token("a")))
     bench.adapter.scripts[:] = [Script([[bench.call("e2")], [Commit()]])]
 
-    async def leave(call, decided, dispatch) -> StreamEnd:
+    async def leave(call, decided, dispatch, continuation) -> StreamEnd:
         raise ConnectionResetError
 
     payload = Payload(request_id="r1", path=CHAT, body={}, is_stream=True)

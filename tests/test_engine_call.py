@@ -137,7 +137,7 @@ async def test_silence_is_a_time_out_after_the_limit_of_its_kind(bench, is_whole
 
 async def test_a_head_must_come_within_its_own_limit_when_the_call_sets_one(bench):
     await bench.sent(silence, head_within_s=0.05)
-    assert await bench.next() == Broken(Leg.DECODE, Cause.HEAD_TIMEOUT, "no answer in 0.05 s")
+    assert await bench.next() == Broken(Leg.DECODE, Cause.LEASE, "no answer in 0.05 s")
 
 
 async def test_a_head_in_time_leaves_the_rest_to_the_other_limit(bench):

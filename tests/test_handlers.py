@@ -44,6 +44,7 @@ def test_the_explain_headers_name_the_pair_and_what_was_predicted():
         "x-sluice-decision-us": "12",
         "x-sluice-attempts": "1",
         "x-sluice-predicted-ttft-ms": "250.0",
+        "x-sluice-predicted-tbt-ms": "50.0",
         "x-sluice-cached-tokens": "0",
     }
 

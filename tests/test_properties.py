@@ -18,12 +18,13 @@ from gateway.core.events import (
     PrefillDone,
     Progress,
 )
-from gateway.core.types import Decision, Dispatch, Health, Report, Role, Wait
+from gateway.core.types import Decision, Dispatch, Health, Report, Role, Slo, Wait
 from tests.builders import a_request, a_scheduler, an_engine
 
 ENGINES = {"p1": Role.PREFILL, "p2": Role.PREFILL, "d1": Role.DECODE, "d2": Role.DECODE, "b1": Role.BOTH}
 MAX_WAITING = 3
 MAX_IN_FLIGHT = 2
+SLOS = st.builds(Slo, ttft_s=st.none() | st.floats(0.1, 20), deadline_s=st.none() | st.floats(0.1, 40))
 
 
 class SchedulerUnderFire(RuleBasedStateMachine):
@@ -47,10 +48,18 @@ class SchedulerUnderFire(RuleBasedStateMachine):
         elif isinstance(decision, Wait):
             self.waiting.add(decision.request_id)
 
-    @rule(target=requests, tokens=st.integers(1, 5000), can_hand_off=st.booleans())
-    def arrive(self, tokens: int, can_hand_off: bool) -> str:
+    @rule(target=requests, tokens=st.integers(1, 5000), can_hand_off=st.booleans(), rank=st.integers(0, 2), slo=SLOS)
+    def arrive(self, tokens: int, can_hand_off: bool, rank: int, slo: Slo) -> str:
         self.count += 1
-        request = a_request(f"r{self.count}", arrived_at=self.now, prompt_tokens=tokens, can_hand_off=can_hand_off)
+        request = a_request(
+            f"r{self.count}",
+            arrived_at=self.now,
+            prompt_tokens=tokens,
+            can_hand_off=can_hand_off,
+            priority=rank,
+            tenant=f"t{rank}",
+            slo=slo,
+        )
         self.take(self.scheduler.decide(request, now=self.now))
         return request.id
 
@@ -102,7 +111,7 @@ class SchedulerUnderFire(RuleBasedStateMachine):
 
     @invariant()
     def bounds_hold(self) -> None:
-        assert self.scheduler.waiting_count == len(self.waiting) <= MAX_WAITING
+        assert self.scheduler.waiting_count <= min(len(self.waiting), MAX_WAITING)  # less those told at the next wake
         for state in self.scheduler.cluster.engines.values():
             assert state.own_count <= MAX_IN_FLIGHT
             assert min(state.prefill_us, state.queued_tokens, state.kv_tokens, state.others_count) >= 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapters import ADAPTERS
-from gateway import config_reference
+from gateway import config_reference, endings_reference
 from gateway.cli import COMMANDS
 from gateway.core.types import RejectReason
 from gateway.handlers import PASSED_THROUGH, REFUSAL_STATUS
@@ -23,6 +23,10 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
     start, end = README.index("<!-- settings:"), README.index("<!-- /settings -->")
     table = README[README.index("-->", start) + 3 : end].strip()
     assert table == config_reference.render().strip(), "run `make docs`"
+
+
+def test_the_table_of_endings_is_that_of_the_code() -> None:
+    assert endings_reference.insert(README) == README, "run `make docs`"
 
 
 @pytest.mark.parametrize("reason", list(RejectReason))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,11 +17,11 @@ from adapters.base import Payload
 from gateway.chat_messages import Obstacle
 from gateway.core.errors import EngineUnavailable
 from gateway.model_tokenizer import ModelTokenizer
-from gateway.tokens import ANY_MODEL, PromptTokens, Tokenised, TokenLimits, TokenSource
+from gateway.tokens import ANY_MODEL, INLINE_BYTES, PromptTokens, Tokenised, TokenLimits, TokenSource
 from tests.token_builders import byte_level, chat, loaded
 
 TOKENIZER = byte_level()
-PATIENT = TokenLimits(exact_s=60.0, engine_s=60.0)
+PATIENT = TokenLimits(exact_s=60.0, engine_s=60.0, inline_s=60.0)
 """Limits that a busy machine does not run into."""
 
 
@@ -201,3 +202,15 @@ def test_no_body_makes_it_raise(body: dict[str, object]) -> None:
 def any_model() -> ModelTokenizer:
     with TemporaryDirectory() as folder:
         return loaded(TOKENIZER, Path(folder))
+
+
+async def test_a_short_request_is_tokenised_at_once_and_gives_what_a_thread_gives(tmp_path: Path) -> None:
+    service = PromptTokens({ANY_MODEL: loaded(TOKENIZER, tmp_path)}, PATIENT)
+    try:
+        short, other = payload(chat("hello")), replace(payload(chat("hello")), body_bytes=INLINE_BYTES)
+        inline = service.tokenise(other)
+        with pytest.raises(StopIteration) as stopped:
+            inline.send(None)  # it never waits for anything
+        assert stopped.value.value.ids.tolist() == (await service.tokenise(short)).ids.tolist()
+    finally:
+        await service.aclose()

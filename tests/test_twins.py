@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
 import pytest
 
+from gateway.admissions.sluice import Sluice
 from gateway.admissions.ttft import Ttft
 from gateway.core.admission import AdmissionLimits
-from gateway.core.events import Event
+from gateway.core.events import Event, PrefillDone
 from gateway.core.scheduler import Scheduler
-from gateway.core.types import Decision, Dispatch, Reject, RejectReason, Request, Slo, WaitReason
+from gateway.core.types import Decision, Dispatch, HandOff, Reject, RejectReason, Request, Slo, Wait, WaitReason
 from gateway.driver import Driver
 from gateway.journal import Journal
 from gateway.policies import POLICIES
@@ -65,8 +66,8 @@ def a_plan(seed: int) -> Plan:
         fleet=FLEET,
         policy=POLICIES[names[seed % len(names)]](),
         predictor=Online(),
-        admission=Ttft(),
-        slo=Slo(ttft_s=0.9),
+        admission=Ttft() if seed % 2 else Sluice(),
+        slo=Slo(ttft_s=0.9, tbt_s=0.05),
         seed=seed,
         limits=TIGHT,
         report_interval_s=0.37,
@@ -88,7 +89,10 @@ class LiveGateway:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def decide(self, request: Request, *, now: float) -> None:
-        task = asyncio.get_running_loop().create_task(self._decide(request))
+        self._start(self._decide(request))
+
+    def _start(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -98,10 +102,18 @@ class LiveGateway:
 
     def apply(self, event: Event, *, now: float) -> None:
         """In the loop's order: after the decisions that were asked for before."""
-        asyncio.get_running_loop().call_soon(self._driver.apply, event)
+        if isinstance(event, PrefillDone):
+            self._start(self._hand_off(event))
+        else:
+            asyncio.get_running_loop().call_soon(self._driver.apply, event)
+
+    async def _hand_off(self, event: PrefillDone) -> None:
+        decision = await self._driver.prefilled(event)
+        if decision is not None:
+            self._on_decision(decision, self._driver.now())
 
     def settle(self, *, now: float) -> None:
-        """The live gateway sends both legs as one exchange: nothing is decided between them."""
+        """The live driver wakes the scheduler by itself."""
 
 
 async def run_live(plan: Plan, workload: list[TraceRequest], journal: Journal) -> None:
@@ -114,7 +126,7 @@ async def run_live(plan: Plan, workload: list[TraceRequest], journal: Journal) -
             turn.set_result(None)
 
     def shell(scheduler: Scheduler, agenda: Agenda, on_decision: OnDecision) -> LiveGateway:
-        def carry_out(decision: Dispatch | Reject, now: float) -> None:
+        def carry_out(decision: Dispatch | Reject | HandOff, now: float) -> None:
             on_decision(decision, now)
             simulation.refresh(now)
             end_turn()  # what is due next may have changed
@@ -141,6 +153,8 @@ def told(decision: Decision) -> tuple[object, ...]:
     match decision:
         case Dispatch(request_id, attempt, estimate):
             return request_id, attempt, estimate.prefill, estimate.decode, estimate.fetch_from
+        case HandOff(request_id, decode):
+            return request_id, decode
         case Reject(request_id, reason):
             return request_id, reason
         case _:
@@ -161,8 +175,8 @@ def test_the_seeds_hold_every_kind_of_decision() -> None:
     runs = [
         simulate(a_plan(seed), a_workload(seed), shell_of=partial(SimGateway, journal=journal)) for seed in SEEDS[:4]
     ]
-    reasons = {decision.reason for decision in journal.decisions if not isinstance(decision, Dispatch)}
-    assert reasons >= {WaitReason.ENGINES_FULL, RejectReason.QUEUE_FULL, RejectReason.TTFT_SLO}
+    reasons = {decision.reason for decision in journal.decisions if isinstance(decision, Wait | Reject)}
+    assert reasons >= {WaitReason.ENGINES_FULL, RejectReason.QUEUE_FULL, RejectReason.TTFT_SLO, WaitReason.PREFILL_BUSY}
     assert max(flight.request.attempt for run in runs for flight in run.flights) > 1
 
 
@@ -174,6 +188,8 @@ def test_a_journal_fed_back_gives_the_same_decisions(seed: int) -> None:
         policy=plan.policy,
         predictor=plan.predictor,
         admission=plan.admission,
+        lengths=plan.lengths,
+        margins=plan.margins,
         limits=plan.limits,
         rng=random.Random(f"gateway 0 {seed}"),
         max_blocks=200_000,

@@ -16,7 +16,7 @@ from gateway.journal import Journal
 from gateway.tasks import beside
 from gateway.watch import Watch, WatchLimits, describe
 from tests.builders import a_scheduler
-from tests.integration.scripted_engine import ScriptedEngine, serving
+from tests.integration.scripted_engine import METRICS, ScriptedEngine, serving
 from tests.polling import until
 
 LIMITS = WatchLimits(health_interval_s=0.02, report_interval_s=0.02, timeout_s=0.2, failures_to_down=2)
@@ -129,3 +129,30 @@ async def test_facts_that_an_engine_stops_telling_stay():
 )
 def test_a_failure_is_described_in_a_few_words(error, said):
     assert describe(error) == said
+
+
+async def test_an_engine_that_was_started_with_another_connector_is_kept_out_and_says_why():
+    async with serving() as engine, watching() as bench:
+        engine.probes["/metrics"] = METRICS + b'vllm:nixl_num_failed_transfers_total{engine="0"} 0.0\n'
+        bench.find(engine, role=Role.PREFILL, connector="store")
+        await bench.is_(Health.DOWN)
+        assert "connector store, its metrics are those of nixl" in bench.state.health_reason
+
+
+async def test_an_engine_that_does_not_fit_its_pool_is_not_even_asked():
+    async with serving() as engine, watching() as bench:
+        bench.find(engine, id="p1", role=Role.PREFILL)
+        bench.find(engine, role=Role.DECODE, connector="mooncake")
+        await bench.is_(Health.DOWN)
+        assert "p1 of the same pool" in bench.state.health_reason
+
+
+async def test_a_mooncake_prefill_engine_is_a_candidate_once_its_bootstrap_server_knows_it():
+    async with serving() as engine, watching() as bench:
+        engine.probes["/query"] = b"{}"
+        bench.find(engine, role=Role.PREFILL, connector="mooncake", transfer_address=engine.url)
+        await bench.is_(Health.DOWN)
+        assert "ranks" in bench.state.health_reason
+        engine.probes["/query"] = b'{"0": {"engine_id": "abc"}}'
+        await bench.is_(Health.UP)
+        assert bench.state.engine.transfer_ids == ("abc",)

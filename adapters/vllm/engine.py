@@ -21,7 +21,7 @@ from msgspec import Meta, Struct
 from adapters.base import Facts
 from adapters.prometheus import Sample, samples
 from gateway.core.errors import MalformedEngineData
-from gateway.core.types import Report
+from gateway.core.types import Report, StageTimes
 
 RUNNING: Final = "vllm:num_requests_running"
 WAITING: Final = "vllm:num_requests_waiting"
@@ -30,12 +30,21 @@ KV_USAGE: Final = "vllm:kv_cache_usage_perc"
 PREFIX_HITS: Final = "vllm:prefix_cache_hits_total"
 PREFIX_QUERIES: Final = "vllm:prefix_cache_queries_total"
 PREEMPTIONS: Final = "vllm:num_preemptions_total"
+PREFILL_TIME: Final = "vllm:request_prefill_time_seconds"
+GAP: Final = "vllm:inter_token_latency_seconds"
+PROMPT_TOKENS: Final = "vllm:prompt_tokens_by_source_total"
+COMPUTED: Final = "local_compute"
+"""The value of its label `source` for tokens that the engine computed itself."""
 CACHE_CONFIG: Final = "vllm:cache_config_info"
 
 _Cache: TypeAlias = tuple[int | None, int | None]
 """(tokens per KV block, KV blocks) of one engine core; None where it does not say."""
 
-_WANTED: Final = (RUNNING, WAITING, KV_USAGE, PREFIX_HITS, PREFIX_QUERIES, PREEMPTIONS, CACHE_CONFIG)
+_TIMES: Final = tuple(f"{name}_{part}" for name in (PREFILL_TIME, GAP) for part in ("count", "sum"))
+_WANTED: Final = (
+    *(RUNNING, WAITING, KV_USAGE, PREFIX_HITS, PREFIX_QUERIES, PREEMPTIONS, PROMPT_TOKENS, CACHE_CONFIG),
+    *_TIMES,
+)
 
 
 def parse_report(body: bytes) -> Facts:
@@ -51,6 +60,7 @@ def parse_report(body: bytes) -> Facts:
         prefix_hit_tokens=_total(found, PREFIX_HITS),
         prefix_query_tokens=_total(found, PREFIX_QUERIES),
         preemptions=_total(found, PREEMPTIONS),
+        times=_times(found),
     )
     return Facts(report=report, block_tokens=_block_tokens(blocks), kv_capacity_tokens=_capacity(blocks))
 
@@ -91,6 +101,28 @@ def _total(found: Mapping[str, list[Sample]], name: str) -> int | None:
     if not math.isfinite(total) or any(value < 0 for value in values):
         raise MalformedEngineData(f"The metric {name} is not a count.")
     return round(total) if values else None
+
+
+def _times(found: Mapping[str, list[Sample]]) -> StageTimes | None:
+    """The engine's own account of its work; None from a version that does not keep it."""
+    if any(name not in found for name in (PROMPT_TOKENS, *_TIMES)):
+        return None
+    computed = [sample for sample in found[PROMPT_TOKENS] if sample.labels.get("source") == COMPUTED]
+    return StageTimes(
+        prefill_count=_total(found, f"{PREFILL_TIME}_count") or 0,
+        prefill_s=_sum(found, f"{PREFILL_TIME}_sum"),
+        computed_tokens=_total({PROMPT_TOKENS: computed}, PROMPT_TOKENS) or 0,
+        gap_count=_total(found, f"{GAP}_count") or 0,
+        gap_s=_sum(found, f"{GAP}_sum"),
+    )
+
+
+def _sum(found: Mapping[str, list[Sample]], name: str) -> float:
+    """Seconds over all engine cores, >= 0 and finite."""
+    total = sum(sample.value for sample in found[name])
+    if not 0 <= total < math.inf:
+        raise MalformedEngineData(f"The metric {name} is not a time.")
+    return total
 
 
 def _required(found: Mapping[str, list[Sample]], name: str) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from adapters import verdict
 from adapters.base import Call, Command, Happening, Leg, Payload
-from adapters.vllm import bodies, verdict
+from adapters.endings import State
+from adapters.vllm import bodies
 from gateway.core.types import Engine
 
 
@@ -26,6 +28,6 @@ class Single:
         """What the engine's answer, events or silence means."""
         if self._is_over or happening.leg is not Leg.DECODE:
             return []
-        commands = verdict.of_answer(self.engine, happening)
+        commands = verdict.of_answer(State.ALONE, self.engine, happening)
         self._is_over = bool(commands)
         return commands

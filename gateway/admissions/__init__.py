@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from gateway.admissions.early import Early
 from gateway.admissions.predicted import Predicted
+from gateway.admissions.sluice import Sluice
 from gateway.admissions.stage import Stage
 from gateway.admissions.ttft import Ttft
 from gateway.core.admission import AdmitAll
 from gateway.core.interfaces import Admission
 
 ADMISSIONS: dict[str, type[Admission]] = {
+    "sluice": Sluice,
     "none": AdmitAll,
     "ttft": Ttft,
     "stage": Stage,
@@ -17,4 +19,4 @@ ADMISSIONS: dict[str, type[Admission]] = {
     "predicted": Predicted,
 }
 
-DEFAULT_ADMISSION = "none"
+DEFAULT_ADMISSION = "sluice"

@@ -34,4 +34,4 @@ def load_of(reservations: Iterable[Reservation]) -> DecodeLoad:
 def present_load(state: EngineState, *, but: str) -> DecodeLoad:
     """Those whose prefill is over, the request `but` left out: what a look at the engine shows."""
     decoding = state.decoding.values()
-    return load_of(r for r in decoding if r.prefill_done_at is not None and r.request.id != but)
+    return load_of(r for r in decoding if r.handed_at is not None and r.request.id != but)

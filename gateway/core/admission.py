@@ -8,6 +8,7 @@ from gateway.core.cluster import Cluster
 from gateway.core.estimate import may_decode, may_do_both, may_prefill
 from gateway.core.interfaces import Arrival, PrefillEnd
 from gateway.core.types import Engine, Health, Reject, RejectReason, Request
+from gateway.core.waiting import STARVE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class AdmissionLimits:
     max_attempts: int = 3
     observed_age_s: float = 600.0
     """How long a guessed block is believed in without being used."""
+    max_starve_s: float = STARVE_S
+    """A class of which a request waits gets a turn at least so often."""
 
     def room(self, engine: Engine) -> int:
         """Requests that the engine takes at once."""

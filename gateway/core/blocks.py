@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import TypeAlias
 
@@ -81,6 +82,7 @@ def hash_prompt(
     return chain(start, token_ids, block_tokens, spread_media(media, block_tokens))
 
 
+@lru_cache(maxsize=1024)  # the same few for nearly every prompt; a salt of a client's own only costs what it did
 def root(block_tokens: int, *, lora_name: str | None = None, cache_salt: str | None = None) -> int:
     """The hash before the first block, 0 <= root < 2^64. What separates caches, the block size included, is in it."""
     return _digest("root", str(block_tokens), _optional(lora_name), _optional(cache_salt))
@@ -159,17 +161,29 @@ def _scramble(blocks: NDArray[np.integer]) -> NDArray[np.uint64]:
     return words
 
 
+@lru_cache(maxsize=16)  # a handful of block sizes in use: 15 us less per prompt
 def _position_keys(block_tokens: int) -> NDArray[np.uint64]:
-    """One odd multiplier per position in a block, shape (block_tokens,)."""
+    """One odd multiplier per position in a block, shape (block_tokens,), not to be written to."""
     positions = np.arange(1, block_tokens + 1, dtype=np.uint64)
-    return _mix(positions * np.uint64(_CHAIN)) | np.uint64(1)
+    return _unwritable(_mix(positions * np.uint64(_CHAIN)) | np.uint64(1))
 
 
 def _powers(base: int, count: int) -> NDArray[np.uint64]:
-    """base^0 .. base^(count-1) modulo 2^64, shape (count,)."""
+    """base^0 .. base^(count-1) modulo 2^64, shape (count,), not to be written to."""
+    return _power_table(base, 1 << count.bit_length())[:count]
+
+
+@lru_cache(maxsize=64)  # two bases, and sizes that double: together twice the longest, 16 bytes per block of it
+def _power_table(base: int, count: int) -> NDArray[np.uint64]:
     factors = np.full(count, base, np.uint64)
     factors[:1] = 1
-    return np.cumprod(factors)
+    return _unwritable(np.cumprod(factors))
+
+
+def _unwritable(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The same array; one that is shared must not change."""
+    words.setflags(write=False)
+    return words
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -12,8 +12,9 @@ requests we had there since the report before, and errs towards "ours".
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from gateway.core.decode_rows import DecodeRows
 from gateway.core.interfaces import EngineLoad
 from gateway.core.types import Dispatch, Engine, Estimate, Health, Report, Request
 
@@ -36,8 +37,20 @@ class Reservation:
     first_token_at: float | None = None
     output_tokens: int = 0
     batch: int = 0
-    """Requests on the decode engine when this one was sent, itself included."""
+    """Requests in the fullest batch that it met, itself included; before its decode, those sent to its engine."""
     batch_kv_tokens: int = 0
+    handed_at: float | None = None
+    """When its decode was sent on; until then it may still decode elsewhere."""
+    ttft_factor: float | None = None
+    tbt_factor: float | None = None
+    """The margins that were in force when it was sent: what was predicted for it was promised times these."""
+    row: int = -1
+    """Its place among the decode rows; -1: it has none."""
+
+    @property
+    def held_s(self) -> float:
+        """How long it waited between its legs, seconds >= 0."""
+        return (self.handed_at or 0.0) - (self.prefill_done_at or 0.0) if self.handed_at is not None else 0.0
 
 
 @dataclass(slots=True)
@@ -45,6 +58,8 @@ class EngineState:
     """Everything known of one engine now."""
 
     engine: Engine
+    number: int = 0
+    """Its number among the decode rows, never used twice at a time."""
     health: Health = Health.UNKNOWN
     health_reason: str = "not probed yet"
     report: Report | None = None
@@ -112,6 +127,11 @@ class Cluster:
         self.engines: dict[str, EngineState] = {}
         """Sorted by id, so that every walk over it is in the same order in every process."""
         self.reservations: dict[str, Reservation] = {}
+        self.rows = DecodeRows()
+        """Those of the reservations that decode on a known engine, or will."""
+        self.number_count = 0
+        """Engines are numbered below this."""
+        self._free_numbers: list[int] = []
 
     # ---- engines ----------------------------------------------------------------------------------------------------
 
@@ -120,12 +140,19 @@ class Cluster:
         if engine.id in self.engines:
             self.engines[engine.id].engine = engine
             return
-        self.engines[engine.id] = EngineState(engine)
+        if not self._free_numbers:
+            self._free_numbers.append(self.number_count)
+            self.number_count += 1
+        self.engines[engine.id] = EngineState(engine, self._free_numbers.pop())
         self.engines = dict(sorted(self.engines.items()))
 
     def lost(self, engine_id: str) -> None:
         """Forgets an engine. Requests in flight there stay reserved elsewhere until the shell reports their end."""
-        self.engines.pop(engine_id, None)
+        state = self.engines.pop(engine_id, None)
+        if state is not None:
+            self._free_numbers.append(state.number)
+            for reservation in state.decoding.values():
+                self.rows.remove(reservation)
 
     def set_health(self, engine_id: str, health: Health, reason: str) -> None:
         if state := self.engines.get(engine_id):
@@ -167,6 +194,7 @@ class Cluster:
             decode.kv_tokens += request.prompt_tokens
             decode.own_peak_count = max(decode.own_peak_count, decode.own_count)
             reservation.batch, reservation.batch_kv_tokens = len(decode.decoding), decode.kv_tokens
+            self._add_row(reservation, decode, now)
 
     def prefill_done(self, request_id: str, now: float) -> Reservation | None:
         """Releases the prefill half. Returns the reservation the first time, None when there is nothing to release."""
@@ -177,7 +205,44 @@ class Cluster:
         if prefill := self.engines.get(reservation.estimate.prefill):
             reservation.prefill_busy_s = now - max(reservation.sent_at, prefill.prefill_ended_at)
         self._release_prefill(reservation, now)
+        if reservation.row >= 0:
+            self.rows.begins_at[reservation.row] = now
         return reservation
+
+    def hand_off(self, request_id: str, decode_id: str, now: float) -> None:
+        """Books that the decode begins, on that engine. The request must be in flight and the engine known."""
+        reservation = self.reservations[request_id]
+        if reservation.estimate.decode != decode_id:
+            self._move(reservation, decode_id, now)
+        reservation.handed_at = now
+        if reservation.row >= 0:
+            self.rows.begin(reservation.row, self.engines[decode_id].number, now)
+
+    def _move(self, reservation: Reservation, decode_id: str, now: float) -> None:
+        request_id, tokens = reservation.request.id, reservation.request.prompt_tokens + reservation.output_tokens
+        old, new = self.engines.get(reservation.estimate.decode), self.engines[decode_id]
+        if old and old.decoding.pop(request_id, None):
+            old.kv_tokens -= tokens
+            old.producing_count -= reservation.first_token_at is not None
+        reservation.estimate = replace(reservation.estimate, decode=decode_id)
+        new.decoding[request_id] = reservation
+        new.kv_tokens += tokens
+        new.producing_count += reservation.first_token_at is not None
+        new.own_peak_count = max(new.own_peak_count, new.own_count)
+        reservation.batch, reservation.batch_kv_tokens = len(new.decoding), new.kv_tokens
+        if reservation.row < 0:
+            self._add_row(reservation, new, now)
+
+    def _add_row(self, reservation: Reservation, decode: EngineState, now: float) -> None:
+        request, estimate = reservation.request, reservation.estimate
+        self.rows.add(
+            reservation,
+            decode.number,
+            (request.model,),
+            prompt_tokens=request.prompt_tokens,
+            begins_at=now + estimate.wait_s + estimate.fetch_s + estimate.prefill_s,
+            bound_s=float("inf") if request.slo.step_s is None else request.slo.step_s,
+        )
 
     def progressed(self, request_id: str, output_tokens: int, now: float) -> Reservation | None:
         """Records that the request has that many output tokens. Returns the reservation at its first token."""
@@ -195,6 +260,8 @@ class Cluster:
         if decode:
             decode.kv_tokens += grown
             decode.producing_count += is_first
+        if reservation.row >= 0:
+            self.rows.tell(reservation.row, reservation.output_tokens, now)
         return reservation if is_first else None
 
     def release(self, request_id: str, now: float) -> Reservation | None:
@@ -207,6 +274,11 @@ class Cluster:
         if decode and decode.decoding.pop(request_id, None):
             decode.kv_tokens -= reservation.request.prompt_tokens + reservation.output_tokens
             decode.producing_count -= reservation.first_token_at is not None
+        if reservation.row >= 0:
+            peak_batch = int(self.rows.peak_batch[reservation.row])
+            if peak_batch:
+                reservation.batch, reservation.batch_kv_tokens = peak_batch, int(self.rows.peak_tokens[reservation.row])
+            self.rows.remove(reservation)
         return reservation
 
     def _release_prefill(self, reservation: Reservation, now: float) -> None:
@@ -230,3 +302,5 @@ class Cluster:
             assert state.kv_tokens == sum(r.request.prompt_tokens + r.output_tokens for r in decoding)
             assert state.producing_count == sum(r.first_token_at is not None for r in decoding)
             assert (state.prefilling.keys() | state.decoding.keys()) <= self.reservations.keys()
+            assert sum(self.rows.engine[: len(self.rows)] == state.number) == len(decoding)
+        assert len(self.rows) == sum(len(state.decoding) for state in self.engines.values())

@@ -10,6 +10,8 @@ class GatewayError(Exception):
     kind = "internal_error"
     closes_connection = False
     """Whether the rest of the request is not worth reading, so that the connection ends with the answer."""
+    code: str | None = None
+    """What stands as `code` in the body instead of the status."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)

@@ -7,11 +7,13 @@ arrays. A pair is two engines of one pool (a hand-off), or one engine that does 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gateway.core.fetch import with_fetches
+from gateway.core.forecast import Forecast
 from gateway.core.interfaces import EngineLoad, Estimator, PairTable
 from gateway.core.types import Engine, Estimate, Request, Role
 
@@ -57,8 +59,11 @@ def estimate_pairs(
     loads: Sequence[EngineLoad],
     estimator: Estimator,
     cached_tokens: NDArray[np.int64],
+    forecast: Forecast | None = None,
 ) -> PairTable:
-    """Predicts every pair among `loads` (sorted by engine id).
+    """Predicts every pair among `loads` (sorted by engine id); `forecast` is of those among them that decode.
+
+    The step is that of the batch when the prefill ends; without a forecast, that of everybody sent to the engine.
 
     `cached_tokens` has shape (loads,): prompt tokens whose KV that engine already holds, 0 <= cached < prompt_tokens.
     """
@@ -107,8 +112,21 @@ def estimate_pairs(
         hand_off_s=np.where(is_moved, hand_off_s[prefill_row, decode_row], 0.0),
         join_s=np.where(is_moved, step_s[decode_row], 0.0),
         tbt_s=step_s[decode_row],
+        has_room=np.ones(len(prefill_row), dtype=bool),
     )
-    return with_fetches(request, pairs, estimator, cached)
+    pairs = with_fetches(request, pairs, estimator, cached)
+    return pairs if forecast is None or len(pairs) == 0 else with_forecast(request, pairs, forecast)
+
+
+def with_forecast(request: Request, pairs: PairTable, forecast: Forecast) -> PairTable:
+    """The table with the step of each pair's decode engine at the instant at which its prefill will end."""
+    ends_s = pairs.wait_s + pairs.fetch_s + pairs.prefill_s
+    instants_s, place = np.unique(ends_s, return_inverse=True)
+    batch, kv_tokens = forecast.ahead(instants_s)
+    batch, kv_tokens = batch + 1.0, kv_tokens + request.prompt_tokens
+    tbt_s = forecast.step_s(batch, kv_tokens)[pairs.decode_row, place]
+    has_room = (kv_tokens <= forecast.capacity_tokens[:, None])[pairs.decode_row, place]
+    return replace(pairs, tbt_s=tbt_s, join_s=np.where(pairs.join_s > 0.0, tbt_s, 0.0), has_room=has_room)
 
 
 def estimate_at(pairs: PairTable, row: int) -> Estimate:

@@ -3,6 +3,10 @@
 A request lives so: decide -> Dispatch -> (PrefillDone) -> FirstToken -> Progress* -> Finished, or AttemptFailed
 at any point after the Dispatch, or Left while it waits. Events for requests that are already over are ignored: the
 shell may be told of an end twice (client gone and engine done in the same turn of the loop).
+
+What other gateways do comes as `Peer...` events. A reservation of theirs is a lease: `owner` is the gateway, `epoch`
+its fencing token (a gateway that may have lost its leases goes on under a higher one; what comes under a lower one is
+void), `number` the reservation within the epoch. It ends when the owner says so, or at the end of its time.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gateway.core.types import Engine, Health, Report
+from gateway.core.types import Engine, Estimate, Health, Report, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,8 @@ class PrefillDone:
     """The engine's own count; None when it did not say."""
     cached_tokens: int | None = None
     """Prompt tokens that the prefill engine found in its cache; None when it did not say."""
+    awaits_decode: bool = False
+    """The shell waits for a HandOff (or a Reject) before it sends the decode; else that is on its way already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +170,64 @@ class KvFeed:
     """The ids under which its block events come: its own, and one more for each further data-parallel rank."""
 
 
+@dataclass(frozen=True, slots=True)
+class PeerSent:
+    """Another gateway dispatched a request. `request.id` is not its name here: other ids are none of our business."""
+
+    owner: str
+    epoch: int
+    number: int
+    request: Request
+    """Sizes, and the block hashes from `first_block` on at the prefill engine's block size; none: they are known."""
+    estimate: Estimate
+    first_block: int
+    age_s: float
+    """How long ago it was sent when its owner said so."""
+    lease_s: float
+    """How long the owner's reservations stand without a sign of it."""
+
+
+class PeerStage(StrEnum):
+    """How far another gateway's request has come."""
+
+    PREFILLED = "prefilled"
+    PRODUCING = "producing"
+    FINISHED = "finished"
+    GIVEN_UP = "given_up"
+
+
+@dataclass(frozen=True, slots=True)
+class PeerMoved:
+    """Another gateway's request came to the next stage of its life, or has that many output tokens now."""
+
+    owner: str
+    epoch: int
+    number: int
+    stage: PeerStage
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PeerHolds:
+    """Another gateway lives, and these are all its reservations: others that we know of are over."""
+
+    owner: str
+    epoch: int
+    numbers: tuple[int, ...]
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    """Another gateway said goodbye: nothing of its is in flight any more."""
+
+    owner: str
+    epoch: int
+
+
+PeerEvent: TypeAlias = PeerSent | PeerMoved | PeerHolds | PeerGone
+
+
 Event: TypeAlias = (
     EngineFound
     | EngineLost
@@ -179,4 +243,5 @@ Event: TypeAlias = (
     | BlocksRemoved
     | BlocksCleared
     | KvFeed
+    | PeerEvent
 )

@@ -69,4 +69,5 @@ def with_fetches(request: Request, pairs: PairTable, estimator: Estimator, cache
         hand_off_s=pairs.hand_off_s[source],
         join_s=pairs.join_s[source],
         tbt_s=pairs.tbt_s[source],
+        has_room=pairs.has_room[source],
     )

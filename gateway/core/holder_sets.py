@@ -124,6 +124,15 @@ class HolderSets:
                 has |= (plane[: self._next_id, word] >> np.uint64(bit)) & np.uint64(1) == 1
         return int(self._block_counts[: self._next_id][has].sum())
 
+    def members(self, set_id: int) -> list[tuple[int, int]]:
+        """The (row, tier) of every holder in that set."""
+        found: list[tuple[int, int]] = []
+        for tier, plane in enumerate(self._planes):
+            if plane is not None:
+                bits = np.flatnonzero(_bits(plane[set_id]))
+                found += [(int(bit), tier) for bit in bits]
+        return found
+
     def dead_block_count(self) -> int:
         """How many blocks carry a set that became empty."""
         return int(self._block_counts[list(self.dead_ids)].sum())

@@ -191,6 +191,25 @@ class PrefixIndex:
             slots = self._table.find(hashes[first : first + _CHUNK_BLOCKS])
             self._change(distinct(slots[slots >= 0]), row, _TIER_NUMBER[tier], held=False)
 
+    @property
+    def bucket_count(self) -> int:
+        """How many buckets `held_in` counts in."""
+        return self._table.bucket_count
+
+    def held_in(self, first_bucket: int, bucket_count: int) -> list[tuple[tuple[tuple[str, Tier], ...], BlockHashes]]:
+        """The blocks in that run of buckets (0 .. `bucket_count`), those with the same holders together: the engines
+        with the tier on which each holds them, and the hashes. For a snapshot, piece by piece."""
+        slots = self._table.slots_in(first_bucket, bucket_count)
+        ids = self._set_ids(slots)
+        hashes = self._table.keys(slots)
+        names = {row: engine_id for engine_id, row in self._rows.items()}
+        found = []
+        for set_id in distinct(ids).tolist():
+            holders = tuple((names[row], TIERS[tier]) for row, tier in self._sets.members(set_id) if row in names)
+            if holders:
+                found.append((holders, hashes[ids == set_id]))
+        return found
+
     def match(self, block_hashes: Mapping[int, BlockHashes]) -> Match:
         """How much of a prompt every engine holds, given its block hashes for each block size in use.
 

@@ -7,17 +7,18 @@ A stateless plug-in returns itself from `start`.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from gateway.core.types import Dispatch, Engine, Estimate, RejectReason, Report, Request
+from gateway.core.types import Dispatch, Engine, Estimate, RejectReason, Report, Request, Role, WaitReason
 
 if TYPE_CHECKING:
     from gateway.core.cluster import Cluster
+    from gateway.core.forecast import Forecast
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,8 @@ class PairTable:
     hand_off_s: NDArray[np.float64]
     join_s: NDArray[np.float64]
     tbt_s: NDArray[np.float64]
+    has_room: NDArray[np.bool_]
+    """Whether the decode engine will have memory for it when its prefill ends."""
 
     @property
     def ttft_s(self) -> NDArray[np.float64]:
@@ -167,11 +170,71 @@ class Estimator(Protocol):
 
     def observe_hand_off(self, outcome: HandOffOutcome) -> None: ...
 
+    def observe_report(self, engine: Engine, report: Report) -> None:
+        """The engine told of itself; what it counted of its own work is a start where nothing else is known."""
+        ...
+
 
 class Predictor(Protocol):
     """Settings of a predictor: how long will it take."""
 
     def start(self) -> Estimator: ...
+
+
+class LengthLaw(Protocol):
+    """What is believed about output lengths: `predictors/output_length.py`, started.
+
+    A group is a tuple of words, the widest first: (model, tenant). An unknown one is answered by a wider one.
+    """
+
+    def observe(self, group: tuple[str, ...], output_tokens: int) -> None:
+        """A request of the group ended after that many tokens."""
+        ...
+
+    def remaining_tokens(self, group: tuple[str, ...], generated: ArrayLike) -> NDArray[np.float64]:
+        """Expected tokens still to come, shape (requests,), >= 0."""
+        ...
+
+    def survival(self, group: tuple[str, ...], generated: ArrayLike, ahead: ArrayLike) -> NDArray[np.float64]:
+        """P(still running after `ahead` more tokens), shape (requests, horizons).
+
+        `generated` has shape (requests,); `ahead` has shape (horizons,) or (requests, horizons), >= 0.
+        """
+        ...
+
+
+class Lengths(Protocol):
+    """Settings of a belief about output lengths."""
+
+    def start(self) -> LengthLaw: ...
+
+
+class MarginLaw(Protocol):
+    """Factors that turn predictions into quantiles: `predictors/calibration.py`, started.
+
+    The scheduler tells it of each first token (role prefill: seconds from the dispatch, hand-off and join included) and
+    of each end (role decode: the slow mean gap, against the step predicted for the fullest batch that the request met).
+    """
+
+    def observe(
+        self, role: Role, tokens: int, *, predicted_s: float, actual_s: float, promised_s: float | None = None
+    ) -> None:
+        """A request of that many prompt tokens took `actual_s` where the bare prediction was `predicted_s`.
+
+        `promised_s` is the quantile as it was stated for it. Outcomes come late: judged by what would be stated now,
+        coverage of p90 fell to .78 on the Azure trace.
+        """
+        ...
+
+    def factor(self, role: Role, tokens: int, quantile: float | None = None) -> float:
+        """What a prediction is multiplied by so that the stated share of requests stays within it, > 0."""
+        ...
+
+
+class Margins(Protocol):
+    """Settings of the margins."""
+
+    def start(self) -> MarginLaw: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +245,22 @@ class Refusal:
     message: str
     retry_after_s: float | None = None
     """When the rule expects to let this very request in; None: it cannot tell, the scheduler's own guess stands."""
+    predicted_s: float | None = None
+    """What was predicted for the bound that would break, its margin included."""
+    bound_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """What an admission rule answers to a request that is to wait in the gateway."""
+
+    reason: WaitReason
+    latest_at: float
+    """The last instant at which the wait can end well; then comes the refusal."""
+    refusal: Refusal
+    """That refusal."""
+    best: Estimate | None = None
+    """What was predicted for the best pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +274,10 @@ class Arrival:
     cluster: Cluster
     """The ledger, to be read only."""
     estimator: Estimator
+    forecast: Forecast | None = None
+    """What the decode engines will hold; None: everybody sent there counts."""
+    law: LengthLaw | None = None
+    margins: MarginLaw | None = None
 
     @property
     def chosen_row(self) -> int:
@@ -211,17 +294,41 @@ class PrefillEnd:
     cluster: Cluster
     """The ledger, to be read only. It counts this request among those of the decode engine."""
     estimator: Estimator
+    ended_at: float = 0.0
+    """When its prefill ended."""
+    bound_s: float = float("inf")
+    """The lowest TBT bound of those it would join, its own included."""
+    has_room: bool = True
+    """Whether its KV fits."""
+    margins: MarginLaw | None = None
 
 
 class Gate(Protocol):
     """A started admission rule."""
 
-    def arrive(self, arrival: Arrival, *, now: float) -> NDArray[np.bool_] | Refusal | None:
-        """None: any pair will do. Else the pairs that will, shape (pairs,), at least one of them; or a refusal."""
+    def arrive(self, arrival: Arrival, *, now: float) -> NDArray[np.bool_] | Refusal | Patience | None:
+        """None: any pair will do. Else the pairs that will, shape (pairs,), at least one; a wait; or a refusal."""
         ...
 
-    def end_prefill(self, prefill: PrefillEnd, *, now: float) -> Refusal | None:
-        """A refusal of a request whose prefill is done already; None lets its decode begin."""
+    def end_prefill(self, prefill: PrefillEnd, *, now: float) -> Refusal | Patience | None:
+        """A refusal of a request whose prefill is done already, or a wait; None lets its decode begin."""
+        ...
+
+
+@runtime_checkable
+class LineUp(Protocol):
+    """A gate that says who of those who wait is tried, and in which order. Others try all in the queue's order."""
+
+    def line_up(self, waiting: Iterable[Request], cluster: Cluster, *, now: float) -> Iterator[Request]:
+        """Whom to try next. The ledger may have changed when the next one is asked for."""
+        ...
+
+    def again_at(self, cluster: Cluster, *, now: float) -> float:
+        """When to try again although nothing happened until then."""
+        ...
+
+    def left(self, request_id: str) -> None:
+        """The request waits no longer."""
         ...
 
 

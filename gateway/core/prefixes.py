@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.core.agreement import Agreement
-from gateway.core.events import BlocksCleared, BlocksRemoved, BlocksStored, FeedState
+from gateway.core.events import BlocksCleared, BlocksRemoved, BlocksStored, FeedState, KvFeed, Tier
 from gateway.core.index import PrefixIndex
 from gateway.core.observed import ObservedCache
 from gateway.core.types import BlockHashes, Engine, Request
@@ -41,6 +41,8 @@ class PrefixSource(StrEnum):
     UNKNOWN = "unknown"
 
 
+_OBSERVED = "/observed"
+"""Ends the name of the index row of an engine's model."""
 SOURCES = tuple(PrefixSource)
 """Best first."""
 
@@ -179,6 +181,27 @@ class Prefixes:
         """An engine's event about its blocks. Events for rows that no feed owns are ignored."""
         self.index.apply(event)
 
+    # ---- snapshots --------------------------------------------------------------------------------------------------
+
+    def rows(self, engine_id: str) -> tuple[str, ...]:
+        """The index rows that the engine's events fill."""
+        known = self._engines.get(engine_id)
+        return () if known is None else known.rows
+
+    def feeds(self) -> list[KvFeed]:
+        """How the event stream of each engine stands."""
+        return [KvFeed(name, known.feed, known.rows) for name, known in sorted(self._engines.items())]
+
+    def restore(self, row: str, tier: Tier, hashes: BlockHashes, *, now: float) -> None:
+        """Takes over what another gateway knew to be in that row. Ignored for rows that are not known here."""
+        known = self._engines.get(row.removesuffix(_OBSERVED))
+        if row.endswith(_OBSERVED) and known is not None and known.cache is not None:
+            name = f"restored {row}"
+            self._apply(known.cache.dispatched(name, hashes, now=now))
+            self._apply(known.cache.finished(name, now=now))
+        elif not row.endswith(_OBSERVED):
+            self.index.store(row, hashes, tier)
+
     # ---- requests ---------------------------------------------------------------------------------------------------
 
     def dispatched(self, request: Request, engine_id: str, cached_tokens: int, *, now: float) -> None:
@@ -194,6 +217,20 @@ class Prefixes:
                 sent.new_blocks = hashes[cached_tokens // (known.engine.block_tokens or 1) :]
                 self.index.store(sent.row, sent.new_blocks)
         elif known.cache is not None:
+            self._apply(known.cache.expire(now=now))
+            self._apply(known.cache.dispatched(request.id, hashes, now=now))
+
+    def sent_elsewhere(self, request: Request, engine_id: str, first_block: int, *, now: float) -> None:
+        """Another gateway sent a request to prefill there; its block hashes are those from `first_block` on."""
+        known = self._engines.get(engine_id)
+        hashes = request.block_hashes.get(known.engine.block_tokens or 0) if known else None
+        if known is None or hashes is None or known.source is PrefixSource.UNKNOWN:
+            return
+        sent = self._sent[request.id] = _Sent(engine_id, 0)
+        if known.source is PrefixSource.EVENTS and len(known.rows) == 1:
+            sent.row, sent.new_blocks = known.rows[0], hashes
+            self.index.store(sent.row, hashes)
+        elif known.source is PrefixSource.OBSERVED and known.cache is not None:
             self._apply(known.cache.expire(now=now))
             self._apply(known.cache.dispatched(request.id, hashes, now=now))
 
@@ -270,7 +307,7 @@ class Prefixes:
 
 
 def _observed_row(engine_id: str) -> str:
-    return f"{engine_id}/observed"
+    return engine_id + _OBSERVED
 
 
 def _capacity_blocks(engine: Engine) -> int | None:

@@ -8,12 +8,16 @@ make the same calls, and a journal of them fed back gives the same decisions.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import inf
 
 import numpy as np
 
 from gateway.core.admission import AdmissionLimits, AdmitAll, refuse_unservable
-from gateway.core.cluster import Cluster, Reservation
-from gateway.core.estimate import estimate_at, estimate_pairs
+from gateway.core.candidates import Candidates, best_of
+from gateway.core.cluster import Cluster, EngineState, Reservation
+from gateway.core.estimate import estimate_at, estimate_pairs, may_decode
 from gateway.core.events import (
     AttemptFailed,
     BlocksCleared,
@@ -28,36 +32,47 @@ from gateway.core.events import (
     FirstToken,
     KvFeed,
     Left,
+    PeerGone,
+    PeerHolds,
+    PeerMoved,
+    PeerSent,
     PrefillDone,
     Progress,
 )
+from gateway.core.fairness import Fairness
+from gateway.core.forecast import Forecast, StepLines
 from gateway.core.interfaces import (
     Admission,
     Arrival,
-    DecodeOutcome,
     EngineLoad,
-    HandOffOutcome,
+    Lengths,
+    LineUp,
+    Margins,
     PairTable,
+    Patience,
     Policy,
     Predictor,
     PrefillEnd,
-    PrefillOutcome,
     Refusal,
 )
+from gateway.core.learning import Learning
+from gateway.core.leases import Leases
 from gateway.core.pace import Pace
 from gateway.core.prefixes import Prefixes
 from gateway.core.types import (
     Decision,
     Dispatch,
     Estimate,
+    HandOff,
     Health,
     Reject,
     RejectReason,
     Request,
+    Role,
     Wait,
     WaitReason,
 )
-from gateway.core.waiting import WaitingQueue
+from gateway.core.waiting import Ended, Group, WaitingQueue, group_of, latest_start_at
 
 RUNNERS_UP = 3
 
@@ -74,23 +89,49 @@ class Scheduler:
         rng: random.Random,
         max_blocks: int,
         admission: Admission | None = None,
+        lengths: Lengths | None = None,
+        margins: Margins | None = None,
+        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         """Nothing known yet. `max_blocks` >= 1 bounds the prefix index (31 bytes each, taken at once).
 
-        Without an admission rule nobody is refused whom an engine could serve at all.
+        Without an admission rule nobody is refused whom an engine could serve at all. Without a belief about output
+        lengths no request is expected to end; without margins a prediction is taken at its word. `tenant_weights` > 0
+        are the shares of tenants when requests have to wait; a tenant not named has 1.
         """
         self.cluster = Cluster()
         self.prefixes = Prefixes(max_blocks=max_blocks, max_age_s=limits.observed_age_s)
+        self.leases = Leases(self.cluster, self.prefixes)
         self.limits = limits
+        self.kept_candidates = 0
+        """How many pairs of each decision `candidates` holds; 0: none, and nothing is spent on it."""
+        self.candidates: dict[str, Candidates] = {}
+        """By request id, what the last `decide` or `wake` chose from: for the shell to explain it."""
         self._chooser = policy.start(rng)
         self._estimator = predictor.start()
         self._gate = (admission or AdmitAll()).start()
-        self._waiting = WaitingQueue(limits.max_waiting)
+        self._line_up: LineUp | None = self._gate if isinstance(self._gate, LineUp) else None
+        self._lines = StepLines(self._estimator)
+        self._learning = Learning(
+            self._estimator,
+            self._lines,
+            law=None if lengths is None else lengths.start(),
+            margins=None if margins is None else margins.start(),
+        )
+        self._waiting = WaitingQueue(
+            limits.max_waiting, fairness=Fairness(tenant_weights), starve_s=limits.max_starve_s
+        )
         self._finishes = Pace()
         self._room_at: float | None = None
         """When room may have appeared for a waiting request; None: not since the last `wake`."""
+        self._patience: dict[str, Patience] = {}
+        """Why those wait whom the admission rule lets wait."""
+        self._between: dict[str, Patience | None] = {}
+        """Requests between their legs, in the order in which their prefills ended, and what they wait for."""
+        self._between_at: float | None = None
+        """When one of them may go on; None: not before something happens."""
         self._stopped: list[Reject] = []
-        """Requests refused after their prefill, for `wake` to name."""
+        """Requests put out of the queue, for `wake` to name."""
         self._stopped_at = 0.0
 
     @property
@@ -99,6 +140,10 @@ class Scheduler:
         sizes = {state.engine.block_tokens for state in self.cluster.engines.values()}
         return tuple(sorted(size for size in sizes if size is not None))
 
+    def is_between(self, request_id: str) -> bool:
+        """Whether `wake` will say where the request decodes: its prefill is done, its shell waits to be told."""
+        return request_id in self._between
+
     @property
     def waiting_count(self) -> int:
         """Requests waiting in the gateway."""
@@ -106,78 +151,143 @@ class Scheduler:
 
     # ---- decisions --------------------------------------------------------------------------------------------------
 
-    def decide(self, request: Request, *, now: float) -> Decision:
+    def decide(self, request: Request, *, now: float) -> Dispatch | Wait | Reject:
         """Dispatch, Wait or Reject for this request, already booked. A retry is the same request with `attempt` + 1."""
         assert request.id not in self._waiting, f"request {request.id} is decided while it waits"
+        self.candidates.clear()
         return self._decide(request, now)
 
     def wake(self, *, now: float) -> list[Decision]:
         """New decisions for requests that waited: refusals of those whose time is over, dispatches of those with room.
 
-        Requests that go on waiting are not named again. A refusal may also name a request whose prefill just ended.
+        Requests that go on waiting are not named again. A refusal may also name a request whose prefill just ended, or
+        one that had to go so that another may wait.
         """
         self._room_at = None
+        self.leases.expire(now=now)
+        self.candidates.clear()
         decisions: list[Decision] = [*self._stopped]
         self._stopped.clear()
-        decisions += [
-            self._refuse(
-                request,
-                RejectReason.WAITED_TOO_LONG,
-                f"no engine had room within {self.limits.max_wait_s:g} s",
-            )
-            for request in self._waiting.remove_ended(now)
-        ]
-        full_models: list[tuple[str, bool]] = []
-        for request in self._waiting:
-            group = request.model, request.can_hand_off
-            if group in full_models:
+        decisions += self._hand_offs(now)
+        decisions += [self._end_wait(ended, now) for ended in self._waiting.remove_ended(now)]
+        full: list[Group] = []
+        for request in self._order(now):
+            if len(full) == self._waiting.group_count:
+                break
+            group = group_of(request)
+            if group in full:
                 continue
             decision = self._try(request, now)
             if decision is None:
-                full_models.append(group)
-                continue
-            self._waiting.remove(request.id)
-            decisions.append(decision)
+                full.append(group)
+            elif isinstance(decision, Patience):
+                self._go_on_waiting(request, decision)
+            else:
+                self._forget_waiting(request.id)
+                decisions.append(decision)
+        self._wake_again(now)
         return decisions
 
-    def next_wakeup(self) -> float | None:
-        """When `wake` has something to do; None when nobody waits. An instant in the past means now."""
-        if self._stopped:
-            return self._stopped_at
-        if not self._waiting:
-            return None
-        end_at = self._waiting.next_end_at()
-        if self._room_at is None or end_at is None:
-            return end_at
-        return min(self._room_at, end_at)
+    def _end_wait(self, ended: Ended, now: float) -> Reject:
+        request, patience = ended.request, self._patience.get(ended.request.id)
+        self._forget_waiting(request.id)
+        if ended.is_late and patience is not None:
+            return self._refuse_by_rule(request, patience.refusal, patience.best)
+        if ended.is_late:
+            is_ttft = (request.slo.ttft_s or inf) <= (request.slo.deadline_s or inf)
+            bound_s = request.slo.ttft_s if is_ttft else request.slo.deadline_s
+            message = f"it waited {now - request.arrived_at:.3g} s; its bound of {bound_s:g} s can no longer be kept"
+            return self._refuse(request, RejectReason.TTFT_SLO if is_ttft else RejectReason.DEADLINE_SLO, message)
+        message = f"no engine had room within {self.limits.max_wait_s:g} s"
+        return self._refuse(request, RejectReason.WAITED_TOO_LONG, message)
 
-    def _decide(self, request: Request, now: float) -> Decision:
-        decision = self._try(request, now)
-        if decision is not None:
+    def next_wakeup(self) -> float | None:
+        """When `wake` has something to do; None: nobody waits and no lease runs. An instant in the past means now."""
+        ends = [patience.latest_at for patience in self._between.values() if patience is not None]
+        if self._stopped:
+            ends.append(self._stopped_at)
+        others = [self._between_at, self.leases.next_end_at()]
+        if self._waiting:
+            others += [self._waiting.next_end_at(), self._room_at]
+        return min((*ends, *(at for at in others if at is not None)), default=None)
+
+    def _decide(self, request: Request, now: float) -> Dispatch | Wait | Reject:
+        is_behind = self._line_up is None and self._waiting.has_group(group_of(request))
+        decision = refuse_unservable(request, self.cluster, self.limits) if is_behind else self._try(request, now)
+        patience = decision if isinstance(decision, Patience) else None
+        if decision is not None and not isinstance(decision, Patience):
             return decision
-        if self._waiting.is_full:
-            return self._refuse(request, RejectReason.QUEUE_FULL, f"{len(self._waiting)} requests wait already")
         until_at = request.arrived_at + self.limits.max_wait_s
         if until_at <= now:
             return self._refuse(request, RejectReason.WAITED_TOO_LONG, "its time to wait is over")
+        if self._waiting.is_full and not self._make_room(request, now):
+            return self._refuse(request, RejectReason.QUEUE_FULL, f"{len(self._waiting)} requests wait already")
         if not self._waiting:
             self._room_at = None  # what changed before was seen by this very attempt
-        self._waiting.add(request, until_at)
-        return Wait(request.id, WaitReason.ENGINES_FULL, until_at)
+        latest_at = latest_start_at(request) if patience is None else patience.latest_at
+        self._waiting.add(request, until_at, latest_at)
+        if is_behind:
+            self._room_at = now  # it may be the first of those who wait
+        self._wake_again(now)
+        if patience is None:
+            return Wait(request.id, WaitReason.ENGINES_FULL, until_at)
+        self._patience[request.id] = patience
+        return Wait(request.id, patience.reason, min(until_at, latest_at))
 
-    def _try(self, request: Request, now: float) -> Decision | None:
-        """A dispatch or a refusal now; None when engines exist and all of them are full."""
+    def _order(self, now: float) -> Iterable[Request]:
+        """Whom to try: all in the queue's order, or as the admission rule lines them up."""
+        order = self._waiting.in_order(now=now)
+        return order if self._line_up is None else self._line_up.line_up(order, self.cluster, now=now)
+
+    def _wake_again(self, now: float) -> None:
+        if self._line_up is not None and self._waiting:
+            again_at = self._line_up.again_at(self.cluster, now=now)
+            self._room_at = again_at if self._room_at is None else min(self._room_at, again_at)
+
+    def _go_on_waiting(self, request: Request, patience: Patience) -> None:
+        """What it waits for may have changed, and how long it can."""
+        known = self._patience.get(request.id)
+        if known is None or known.latest_at != patience.latest_at:
+            self._waiting.remove(request.id)
+            self._waiting.add(request, request.arrived_at + self.limits.max_wait_s, patience.latest_at)
+        self._patience[request.id] = patience
+
+    def _forget_waiting(self, request_id: str) -> None:
+        self._waiting.remove(request_id)
+        self._patience.pop(request_id, None)
+        if self._line_up is not None:
+            self._line_up.left(request_id)
+
+    def _make_room(self, newcomer: Request, now: float) -> bool:
+        """Refuses one of those who wait in the newcomer's place; False when nobody is to go before it."""
+        last = self._waiting.make_room(newcomer)
+        if last is None:
+            return False
+        self._forget_waiting(last.id)
+        message = f"{self.limits.max_waiting} requests wait already, and one came that goes before it"
+        self._stopped.append(self._refuse(last, RejectReason.QUEUE_FULL, message))
+        self._stopped_at = now
+        return True
+
+    def _try(self, request: Request, now: float) -> Dispatch | Reject | Patience | None:
+        """A dispatch or a refusal now, or why it is to wait; None when engines exist and all of them are full."""
         refusal = refuse_unservable(request, self.cluster, self.limits)
         if refusal is not None:
             return refusal
-        pairs = self._candidate_pairs(request, now)
+        pairs, forecast = self._candidate_pairs(request, now)
         if len(pairs) == 0:
             return None
         costs = self._chooser.costs(request, pairs, now=now)
-        arrival = Arrival(request, pairs, costs, self.cluster, self._estimator)
+        if self.kept_candidates:
+            self.candidates[request.id] = best_of(pairs, costs, keep=self.kept_candidates)
+        arrival = Arrival(
+            request, pairs, costs, self.cluster, self._estimator, forecast, self._learning.law, self._learning.margins
+        )
         allowed = self._gate.arrive(arrival, now=now)
         if isinstance(allowed, Refusal):
             return self._refuse_by_rule(request, allowed, estimate_at(pairs, arrival.chosen_row))
+        if isinstance(allowed, Patience):
+            return allowed
         if allowed is not None:
             costs = np.where(allowed, costs, np.inf)
         best = np.argsort(costs, kind="stable")[: RUNNERS_UP + 1]
@@ -188,11 +298,13 @@ class Scheduler:
             runners_up=tuple(estimate_at(pairs, int(row)) for row in best[1:]),
         )
         self.cluster.reserve(request, dispatch, now)
+        self._learning.sent(self.cluster.reservations[request.id])
         self.prefixes.dispatched(request, dispatch.estimate.prefill, dispatch.estimate.held_tokens, now=now)
         self._chooser.dispatched(request, dispatch, now=now)
+        self._waiting.dispatched(request, dispatch.estimate.prefill_s, now=now)
         return dispatch
 
-    def _candidate_pairs(self, request: Request, now: float) -> PairTable:
+    def _candidate_pairs(self, request: Request, now: float) -> tuple[PairTable, Forecast]:
         """Pairs of engines that are up, have the model and room; those that failed this request only if no other."""
         loads = [
             state.load(now)
@@ -201,22 +313,106 @@ class Scheduler:
             and self.limits.serves(state.engine, request)
             and state.in_flight_count < self.limits.room(state.engine)
         ]
-        fresh = [load for load in loads if load.engine.id not in request.avoid]
-        pairs = self._estimate(request, fresh, now)
-        if len(pairs) == 0 and len(fresh) < len(loads):
-            pairs = self._estimate(request, loads, now)
-        return pairs
+        pairs, forecast = self._estimate(request, loads, now)
+        for engine_id in request.avoid:
+            fresh = [load for load in loads if load.engine.id != engine_id]
+            others, other_forecast = self._estimate(request, fresh, now)
+            if len(others):
+                loads, pairs, forecast = fresh, others, other_forecast
+        return pairs, forecast
 
-    def _estimate(self, request: Request, loads: list[EngineLoad], now: float) -> PairTable:
+    def _estimate(self, request: Request, loads: list[EngineLoad], now: float) -> tuple[PairTable, Forecast]:
         cached_tokens = self.prefixes.cached_tokens(request, [load.engine for load in loads])
-        return estimate_pairs(request, loads, self._estimator, cached_tokens)
+        decodes = [load for load in loads if load.engine.role is not Role.PREFILL]
+        forecast = Forecast(self.cluster, decodes, self._lines, self._learning.law, now=now)
+        return estimate_pairs(request, loads, self._estimator, cached_tokens, forecast), forecast
+
+    # ---- between the legs -------------------------------------------------------------------------------------------
+
+    def _hand_offs(self, now: float) -> list[Decision]:
+        """Where those decode whose prefill is done, as far as there are places; and whom none came in time.
+
+        In the order in which their prefills ended: were smaller ones let past, a long prompt would find no place before
+        its first token is late, and the dearest of prefills would be thrown away.
+        """
+        self._between_at = None
+        decisions: list[Decision] = []
+        blocked: list[str] = []
+        for request_id, patience in list(self._between.items()):
+            reservation = self.cluster.reservations[request_id]
+            if reservation.request.model in blocked:
+                continue
+            decision = self._hand_off(reservation, now)
+            if isinstance(decision, Patience):
+                if patience is None or patience.latest_at > now:
+                    self._between[request_id] = decision if patience is None else patience
+                    blocked.append(reservation.request.model)
+                    continue
+                decision = self._refuse_by_rule(reservation.request, patience.refusal, reservation.estimate)
+            del self._between[request_id]
+            if isinstance(decision, Reject):
+                self.cluster.release(request_id, now)
+            decisions.append(decision)
+        return decisions
+
+    def _hand_off(self, reservation: Reservation, now: float) -> HandOff | Reject | Patience:
+        """The decode engine whose step will be the shortest, unless the admission rule has something against it."""
+        request, estimate = reservation.request, reservation.estimate
+        loads = [state.load(now) for state in self._takers(reservation)]
+        if not loads:
+            return self._refuse(request, RejectReason.NO_DECODE, "no decode engine is up")
+        forecast = Forecast(self.cluster, loads, self._lines, self._learning.law, now=now)
+        batch, kv_tokens = forecast.present(but=reservation.row)
+        kv_tokens = kv_tokens + request.prompt_tokens
+        tbt_s = forecast.step_s(batch + 1.0, kv_tokens)
+        has_room = kv_tokens <= forecast.capacity_tokens
+        best = int(np.argmin(np.where(has_room | ~has_room.any(), tbt_s, np.inf)))
+        end = PrefillEnd(
+            request=request,
+            estimate=replace(estimate, decode=loads[best].engine.id, tbt_s=float(tbt_s[best])),
+            cluster=self.cluster,
+            estimator=self._estimator,
+            ended_at=now if reservation.prefill_done_at is None else reservation.prefill_done_at,
+            bound_s=float(forecast.tightest_s[best]),
+            has_room=bool(has_room[best]),
+            margins=self._learning.margins,
+        )
+        answer = self._gate.end_prefill(end, now=now)
+        if isinstance(answer, Patience):
+            return answer
+        if isinstance(answer, Refusal):
+            return self._refuse_by_rule(request, answer, end.estimate)
+        self.cluster.hand_off(request.id, end.estimate.decode, now)
+        return HandOff(request.id, end.estimate.decode, end.estimate.tbt_s)
+
+    def _takers(self, reservation: Reservation) -> list[EngineState]:
+        """The decode engines that could take the request over from its prefill engine, ascending by id."""
+        estimate = reservation.estimate
+        prefill = self.cluster.engines.get(estimate.prefill)
+        return [
+            state
+            for state in self.cluster.engines.values()
+            if may_decode(state.engine)
+            and state.health is Health.UP
+            and (prefill is None or state.engine.pool == prefill.engine.pool)
+            and self.limits.serves(state.engine, reservation.request)
+            and (state.engine.id == estimate.decode or state.in_flight_count < self.limits.room(state.engine))
+        ]
 
     def _refuse(self, request: Request, reason: RejectReason, message: str) -> Reject:
         return Reject(request.id, reason, message, retry_after_s=self._retry_after_s())
 
-    def _refuse_by_rule(self, request: Request, refusal: Refusal, best: Estimate) -> Reject:
+    def _refuse_by_rule(self, request: Request, refusal: Refusal, best: Estimate | None) -> Reject:
         retry_after_s = self._retry_after_s() if refusal.retry_after_s is None else refusal.retry_after_s
-        return Reject(request.id, refusal.reason, refusal.message, retry_after_s=retry_after_s, best=best)
+        return Reject(
+            request.id,
+            refusal.reason,
+            refusal.message,
+            retry_after_s=retry_after_s,
+            best=best,
+            predicted_s=refusal.predicted_s,
+            bound_s=refusal.bound_s,
+        )
 
     def _retry_after_s(self) -> float:
         """When a place is expected: those who wait go first, at the pace at which requests finish."""
@@ -237,6 +433,7 @@ class Scheduler:
             case EngineLost(engine_id):
                 self.cluster.lost(engine_id)
                 self.prefixes.lost(engine_id)
+                self._lines.lost(engine_id)
                 self._room_at = now
             case EngineHealth(engine_id, health, reason):
                 self.cluster.set_health(engine_id, health, reason)
@@ -245,11 +442,13 @@ class Scheduler:
                 self._room_at = now
             case EngineReport(engine_id, report):
                 self.cluster.reported(engine_id, report, now)
+                if state := self.cluster.engines.get(engine_id):
+                    self._estimator.observe_report(state.engine, report)
                 self._room_at = now
-            case PrefillDone(request_id, _, cached_tokens):
+            case PrefillDone(request_id, _, cached_tokens, awaits_decode):
                 self.prefixes.prefilled(request_id, cached_tokens, now=now)
                 self._prefill_done(request_id, now)
-                self._ask_before_decode(request_id, now)
+                self._after_prefill(request_id, awaits_decode, now)
             case FirstToken(request_id):
                 self._first_token(request_id, now)
             case Progress(request_id, output_tokens):
@@ -257,7 +456,9 @@ class Scheduler:
             case Finished():
                 self._finished(event, now)
             case AttemptFailed(request_id) | Left(request_id):
-                self._waiting.remove(request_id)
+                self._forget_waiting(request_id)
+                self._between.pop(request_id, None)
+                self._stopped = [reject for reject in self._stopped if reject.request_id != request_id]
                 self.prefixes.failed(request_id)
                 self.cluster.release(request_id, now)
                 self._room_at = now
@@ -265,85 +466,50 @@ class Scheduler:
                 self.prefixes.announced(event)
             case KvFeed(engine_id, state, rows):
                 self.prefixes.feed_changed(engine_id, state, rows)
+            case PeerSent() | PeerMoved() | PeerHolds() | PeerGone():
+                if self.leases.apply(event, now=now):
+                    self._room_at = now
 
     def _prefill_done(self, request_id: str, now: float) -> None:
         reservation = self.cluster.prefill_done(request_id, now)
         if reservation is not None:
             self._room_at = now
-            self._learn_prefill(reservation, now)
+            self._learning.prefilled(reservation, self.cluster, now=now)
 
-    def _ask_before_decode(self, request_id: str, now: float) -> None:
-        """Stops the request between its legs when the admission rule says so."""
+    def _after_prefill(self, request_id: str, awaits_decode: bool, now: float) -> None:
+        """A shell that waits to be told where to decode is told by `wake`; the others decode as it was dispatched."""
         reservation = self.cluster.reservations.get(request_id)
-        if reservation is None or not reservation.estimate.is_hand_off:
+        if reservation is None or reservation.handed_at is not None or request_id in self._between:
             return
-        request, estimate = reservation.request, reservation.estimate
-        refusal = self._gate.end_prefill(PrefillEnd(request, estimate, self.cluster, self._estimator), now=now)
-        if refusal is not None:
-            self.cluster.release(request_id, now)
-            self._stopped.append(self._refuse_by_rule(request, refusal, estimate))
-            self._stopped_at = now
+        if awaits_decode and reservation.estimate.is_hand_off:
+            self._between[request_id] = None
+            self._between_at = now
+        elif reservation.estimate.decode in self.cluster.engines:
+            self.cluster.hand_off(request_id, reservation.estimate.decode, now)
 
     def _first_token(self, request_id: str, now: float) -> None:
         self._prefill_done(request_id, now)
+        self._between.pop(request_id, None)
+        self._after_prefill(request_id, False, now)
         reservation = self.cluster.progressed(request_id, 1, now)
-        if reservation is not None and reservation.estimate.is_hand_off:
-            self._learn_hand_off(reservation, now)
+        if reservation is not None:
+            self._learning.began(reservation, self.cluster, now=now)
 
     def _finished(self, event: Finished, now: float) -> None:
         self.prefixes.prefilled(event.request_id, event.cached_tokens, now=now)
+        self._between.pop(event.request_id, None)
         reservation = self.cluster.release(event.request_id, now)
         if reservation is None:
             return
         self._room_at = now
+        if self._between:
+            self._between_at = now
         self._finishes.tick(now)
-        if event.tbt_s is not None:
-            self._learn_decode(reservation, event)
+        self._waiting.fairness.served(reservation.request.tenant, decode_service_s(reservation, event))
+        self._learning.finished(reservation, self.cluster, event)
 
-    def _learn_prefill(self, reservation: Reservation, now: float) -> None:
-        estimate = reservation.estimate
-        state = self.cluster.engines.get(estimate.prefill)
-        if state is not None:
-            self._estimator.observe_prefill(
-                PrefillOutcome(
-                    engine=state.engine,
-                    prompt_tokens=reservation.request.prompt_tokens,
-                    cached_tokens=estimate.cached_tokens,
-                    queued_ahead_s=estimate.wait_s,
-                    elapsed_s=now - reservation.sent_at,
-                    busy_s=reservation.prefill_busy_s,
-                    predicted_s=estimate.wait_s + estimate.prefill_s,
-                )
-            )
 
-    def _learn_hand_off(self, reservation: Reservation, now: float) -> None:
-        estimate = reservation.estimate
-        prefill, decode = self.cluster.engines.get(estimate.prefill), self.cluster.engines.get(estimate.decode)
-        if prefill is None or decode is None or reservation.prefill_done_at is None:
-            return
-        # What is seen holds the join too. Both get their predicted share: taking the predicted join off instead would
-        # leave nothing, and nothing to learn, whenever the join was predicted too long.
-        predicted_s = estimate.hand_off_s + estimate.join_s
-        share = estimate.hand_off_s / predicted_s if predicted_s > 0 else 1.0
-        self._estimator.observe_hand_off(
-            HandOffOutcome(
-                prefill=prefill.engine,
-                decode=decode.engine,
-                prompt_tokens=reservation.request.prompt_tokens,
-                elapsed_s=share * (now - reservation.prefill_done_at),
-            )
-        )
-
-    def _learn_decode(self, reservation: Reservation, event: Finished) -> None:
-        state = self.cluster.engines.get(reservation.estimate.decode)
-        if state is not None and event.tbt_s is not None:
-            self._estimator.observe_decode(
-                DecodeOutcome(
-                    engine=state.engine,
-                    batch=reservation.batch,
-                    kv_tokens=reservation.batch_kv_tokens,
-                    output_tokens=event.output_tokens or reservation.output_tokens,
-                    tbt_s=event.tbt_s,
-                    predicted_tbt_s=reservation.estimate.tbt_s,
-                )
-            )
+def decode_service_s(reservation: Reservation, finished: Finished) -> float:
+    """Seconds of a decode engine that the request had to itself: its share of every step it was part of."""
+    output_tokens = finished.output_tokens or reservation.output_tokens
+    return output_tokens * reservation.estimate.tbt_s / max(1, reservation.batch)

@@ -48,6 +48,10 @@ class Engine:
     """Engines hand off only to engines of the same pool (same model, version and connector)."""
     can_serve_alone: bool = True
     """Whether a plain request works on it (a vLLM decode engine can prefill; an SGLang decode engine cannot)."""
+    transfer_address: str | None = None
+    """Where decode engines ask for it before a hand-off (a URL); None: its connector's default, or not needed."""
+    transfer_ids: tuple[str, ...] = ()
+    """What its connector calls it, by data-parallel rank; empty: it has not told, or need not."""
     can_share_prefixes: bool = False
     """Whether, told by the gateway, it can pull the KV of a prefix from an engine of its pool, and give it to one."""
     max_in_flight: int | None = None
@@ -59,6 +63,24 @@ class Engine:
     block_tokens: int | None = None
     kv_capacity_tokens: int | None = None
     max_model_tokens: int | None = None
+    details: Mapping[str, int | str] = field(default_factory=dict)
+    """What its adapter must know of it to speak to it, by name; nobody else reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """What an engine counted of its own work since it started; none of the numbers ever falls while it lives."""
+
+    prefill_count: int = 0
+    """Requests whose prompt it computed."""
+    prefill_s: float = 0.0
+    """Of these together, from leaving its queue to the first token."""
+    computed_tokens: int = 0
+    """Prompt tokens that it computed itself."""
+    gap_count: int = 0
+    """Tokens that followed another one of their request."""
+    gap_s: float = 0.0
+    """Of these together, since the token before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +99,8 @@ class Report:
     gen_tokens_per_s: float | None = None
     preemptions: int | None = None
     """Counter since the engine started."""
+    times: StageTimes | None = None
+    """How long its work took so far: what a gateway that has seen none of it can start from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +109,21 @@ class Slo:
 
     ttft_s: float | None = None
     tbt_s: float | None = None
+    """Bound on the mean of the slowest 10 % of token gaps."""
     deadline_s: float | None = None
     """End to end, counted from arrival."""
+    tpot_s: float | None = None
+    """Bound on the mean token gap."""
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether the request asked for anything; one that did not is served best-effort."""
+        return not (self.ttft_s is self.tbt_s is self.deadline_s is self.tpot_s is None)
+
+    @property
+    def step_s(self) -> float | None:
+        """The bound that a predicted step time has to keep, the tighter of TBT and TPOT; None: no such bound."""
+        return min((bound_s for bound_s in (self.tbt_s, self.tpot_s) if bound_s is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +147,7 @@ class Request:
     attempt: int = 1
     """1 for the first decision; each retry is a new decision with the next number."""
     avoid: tuple[str, ...] = ()
-    """Engines that failed this request: chosen again only when no other can serve."""
+    """Engines that failed this request, then those that may have: each is chosen again only when no other can serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +189,12 @@ class WaitReason(StrEnum):
     """Why a request waits in the gateway instead of being sent."""
 
     ENGINES_FULL = "engines_full"
+    PREFILL_BUSY = "prefill_busy"
+    """No prefill engine is about to be free: the pair is chosen when one is."""
+    DECODE_FULL = "decode_full"
+    """No decode engine would have a place for it when its prefill ended."""
+    TOO_DEAR = "too_dear"
+    """Those that cost less go first."""
 
 
 class RejectReason(StrEnum):
@@ -166,6 +209,10 @@ class RejectReason(StrEnum):
     TOO_MANY_ATTEMPTS = "too_many_attempts"
     TTFT_SLO = "ttft_slo"
     TBT_SLO = "tbt_slo"
+    DEADLINE_SLO = "deadline_slo"
+    DEADLINE_PAST = "deadline_past"
+    RATE_LIMITED = "rate_limited"
+    TOO_MANY_IN_FLIGHT = "too_many_in_flight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +247,20 @@ class Reject:
     """When this very request is expected to be admitted; None when waiting would not help."""
     best: Estimate | None = None
     """The best pair's prediction, when there was a pair."""
+    predicted_s: float | None = None
+    """What was predicted for the bound that would break, its margin included."""
+    bound_s: float | None = None
+    """What the request asked for."""
 
 
-Decision: TypeAlias = Dispatch | Wait | Reject
+@dataclass(frozen=True, slots=True)
+class HandOff:
+    """The prefill is done: let that engine decode, which may be another than the dispatch named."""
+
+    request_id: str
+    decode: str
+    tbt_s: float
+    """Predicted seconds of its steps, this request included."""
+
+
+Decision: TypeAlias = Dispatch | Wait | Reject | HandOff

@@ -27,8 +27,10 @@ from gateway.policies.prefix.production_stack_load_aware import ProductionStackL
 from gateway.policies.prefix.sglang_cache_aware import SglangCacheAware
 from gateway.policies.prefix.smg_cache_aware import SmgCacheAware
 from gateway.policies.prefix_affinity import PrefixAffinity
+from gateway.policies.sluice import Sluice
 
 POLICIES: dict[str, type[Policy]] = {
+    "sluice": Sluice,
     "least_work": LeastWork,
     "prefix_affinity": PrefixAffinity,
     "random": Random,

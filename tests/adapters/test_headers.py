@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from adapters.headers import HOP_BY_HOP, ROUTING, client_request_id, forwarded
+from adapters.headers import HOP_BY_HOP, PROMISES, ROUTING, client_request_id, forwarded
 
 
-@pytest.mark.parametrize("name", [*sorted(HOP_BY_HOP), *sorted(ROUTING), "Host", "Content-Length", "Accept-Encoding"])
+@pytest.mark.parametrize(
+    "name", [*sorted(HOP_BY_HOP | ROUTING | PROMISES), "Host", "Content-Length", "Accept-Encoding"]
+)
 def test_internal_and_hop_by_hop_headers_stay_here(name):
     assert forwarded([(name.title(), "x"), (name.upper(), "x")]) == ()
 

@@ -14,6 +14,7 @@ from adapters.base import (
     Cause,
     Command,
     Commit,
+    Expect,
     Hangup,
     HeadEvent,
     Leg,
@@ -24,6 +25,7 @@ from adapters.openai import CHAT, parse
 from gateway.core.types import Engine, Role
 
 VLLM = Path(__file__).parent.parent / "recorded" / "vllm-0.32"
+SGLANG = Path(__file__).parent.parent / "recorded" / "sglang-0.5.23"
 
 P, D, B = (
     Engine(name, f"http://{name}", role) for name, role in (("p", Role.PREFILL), ("d", Role.DECODE), ("b", Role.BOTH))
@@ -82,5 +84,5 @@ def _said(command: Command) -> str:
             return f"retry {command.engine_id}" + (" down" if command.is_engine_down else "")
         case Answer():
             return f"answer {command.status}"
-        case Commit() | Hangup() | Prefilled():
+        case Commit() | Expect() | Hangup() | Prefilled():
             return type(command).__name__.lower()

@@ -17,7 +17,7 @@ from gateway.core.admission import AdmissionLimits
 from gateway.core.events import EngineFound, EngineHealth, FirstToken, PrefillDone
 from gateway.core.interfaces import Admission
 from gateway.core.scheduler import Scheduler
-from gateway.core.types import Decision, Dispatch, Health, Reject, RejectReason, Role, Slo
+from gateway.core.types import Decision, Dispatch, HandOff, Health, Reject, RejectReason, Role, Slo
 from gateway.policies.least_work import LeastWork
 from predictors.analytic import Analytic
 from predictors.profile import WEAK_PRIOR
@@ -69,8 +69,8 @@ def test_who_asks_for_no_bound_is_never_refused(name: str) -> None:
         assert isinstance(decide(scheduler, f"r{number}", slo=Slo()), Dispatch)
 
 
-@pytest.mark.parametrize("name", [name for name in ADMISSIONS if name != "none"])
-def test_every_rule_but_none_refuses_a_first_token_that_would_be_late(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in ADMISSIONS if name not in ("none", "sluice")])
+def test_every_rule_of_the_paper_refuses_a_first_token_that_would_be_late(name: str) -> None:
     scheduler = a_scheduler(ADMISSIONS[name](), decodes=5)
     decisions = [decide(scheduler, f"r{number}", slo=Slo(ttft_s=5.0)) for number in range(4)]
     assert [reason(decision) for decision in decisions] == [None, None, RejectReason.TTFT_SLO, RejectReason.TTFT_SLO]
@@ -110,11 +110,13 @@ def test_the_stage_rule_looks_at_decode_only_when_the_prefill_is_done() -> None:
     scheduler = a_scheduler(Stage())
     for request_id in ("r1", "r2"):
         assert isinstance(decide(scheduler, request_id), Dispatch)
-    scheduler.apply(PrefillDone("r1"), now=2.0)
+    scheduler.apply(PrefillDone("r1", awaits_decode=True), now=2.0)
+    assert scheduler.wake(now=2.0) == [HandOff("r1", "d1", 0.02)]
     assert scheduler.next_wakeup() is None
-    scheduler.apply(PrefillDone("r2"), now=4.0)
+    scheduler.apply(PrefillDone("r2", awaits_decode=True), now=4.0)
     assert scheduler.next_wakeup() == 4.0
     (refusal,) = scheduler.wake(now=4.0)
+    assert isinstance(refusal, Reject)
     assert (refusal.request_id, reason(refusal)) == ("r2", RejectReason.TBT_SLO)
     assert list(scheduler.cluster.reservations) == ["r1"]
     scheduler.cluster.check()

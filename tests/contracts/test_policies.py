@@ -179,7 +179,7 @@ def test_only_policies_that_know_of_fetching_choose_it(name: str) -> None:
     pairs = estimate_pairs(request, fleet, Online().start(), np.array([0, 0, 3999]))
     costs = started(name).costs(request, pairs, now=0.0)
     fetches = dispatch_of(request, pairs, costs).estimate.fetch_from is not None
-    assert fetches == (name in ("least_work", "prefix_affinity", "mooncake_global"))
+    assert fetches == (name in ("sluice", "least_work", "prefix_affinity", "mooncake_global"))
 
 
 @every_policy

@@ -18,7 +18,7 @@ from gateway.core.events import (
     PrefillDone,
 )
 from gateway.core.scheduler import Scheduler
-from gateway.core.types import BlockHashes, Dispatch, Health, Reject, RejectReason, Role, Wait
+from gateway.core.types import BlockHashes, Dispatch, Health, Reject, RejectReason, Role, Slo, Wait
 from tests.builders import a_mesh, a_pair, a_request, a_scheduler, an_engine
 
 
@@ -122,6 +122,12 @@ def test_a_prompt_counted_exactly_and_too_long_is_refused_and_an_estimate_is_not
     assert isinstance(scheduler.decide(a_request("r2", prompt_tokens=101), now=0.0), Dispatch)
 
 
+@pytest.mark.parametrize("avoid", [("p1", "d1"), ("d1", "p1")])
+def test_an_engine_without_an_alternative_is_taken_again_and_the_others_are_still_avoided(avoid) -> None:
+    scheduler = a_scheduler(*a_mesh(2, 1))
+    assert pair_of(scheduler.decide(a_request(attempt=2, avoid=avoid), now=0.0)) == ("p2", "d1")
+
+
 def test_a_retry_avoids_the_engine_that_failed_it() -> None:
     scheduler = a_scheduler(*a_mesh(2, 1))
     assert pair_of(scheduler.decide(a_request(), now=0.0)) == ("p1", "d1")
@@ -219,6 +225,42 @@ def test_those_who_wait_are_refused_when_the_last_engine_goes_down() -> None:
     scheduler.decide(a_request("r1"), now=0.0)
     scheduler.apply(EngineHealth("e1", Health.DOWN), now=1.0)
     assert [reason_of(decision) for decision in scheduler.wake(now=1.0)] == [RejectReason.NO_DECODE]
+
+
+def test_a_newcomer_does_not_overtake_those_who_wait_for_the_same_engines() -> None:
+    scheduler = a_full_scheduler()
+    scheduler.decide(a_request("waits"), now=0.0)
+    scheduler.apply(Finished("running"), now=1.0)
+    assert isinstance(scheduler.decide(a_request("newcomer", arrived_at=1.0), now=1.0), Wait)
+    assert scheduler.next_wakeup() == 1.0
+    assert [decision.request_id for decision in scheduler.wake(now=1.0)] == ["waits"]
+
+
+def test_a_request_that_can_no_longer_keep_its_bound_is_refused_at_once() -> None:
+    scheduler = a_full_scheduler(max_wait_s=30.0)
+    scheduler.decide(a_request("r1", slo=Slo(ttft_s=2.0)), now=0.0)
+    assert scheduler.next_wakeup() == 2.0
+    assert [reason_of(decision) for decision in scheduler.wake(now=2.0)] == [RejectReason.TTFT_SLO]
+
+
+def test_best_effort_gives_up_its_place_in_a_full_queue() -> None:
+    scheduler = a_full_scheduler(max_waiting=1)
+    scheduler.decide(a_request("any time"), now=0.0)
+    assert isinstance(scheduler.decide(a_request("soon", slo=Slo(ttft_s=9.0)), now=0.0), Wait)
+    (decision,) = scheduler.wake(now=0.0)
+    assert (decision.request_id, reason_of(decision)) == ("any time", RejectReason.QUEUE_FULL)
+
+
+def test_tenants_that_wait_are_sent_by_weight_and_what_was_decoded_counts() -> None:
+    scheduler = a_scheduler(an_engine("e1"), max_in_flight_per_engine=1, max_wait_s=1e6, weights={"b": 2.0})
+    for number in range(30):
+        scheduler.decide(a_request(f"a{number}", tenant="a"), now=0.0)
+        scheduler.decide(a_request(f"b{number}", tenant="b"), now=0.0)
+    sent = ["a0"]
+    for number in range(1, 30):
+        scheduler.apply(Finished(sent[-1], output_tokens=200), now=float(number))
+        sent += [decision.request_id for decision in scheduler.wake(now=float(number))]
+    assert sum(name.startswith("b") for name in sent) == pytest.approx(20, abs=1)
 
 
 # ---- prefixes --------------------------------------------------------------------------------------------------------

@@ -105,7 +105,9 @@ async def fleet(started_fleet: VllmFleet) -> VllmFleet:
 
 
 @asynccontextmanager
-async def serving_gateway(fleet: VllmFleet, log_path: Path, config_path: Path | None = None) -> AsyncIterator[str]:
+async def serving_gateway(
+    fleet: VllmFleet | None, log_path: Path, config_path: Path | None = None
+) -> AsyncIterator[str]:
     """The base URL of a gateway in front of the fleet, ready to serve; it has to end cleanly when asked to.
 
     Its engines are those of the configuration file where one is given, else the whole fleet by flags.
@@ -114,7 +116,7 @@ async def serving_gateway(fleet: VllmFleet, log_path: Path, config_path: Path | 
     command = [sys.executable, "-m", "gateway", "serve", "--port", str(port)]
     if config_path is not None:
         command += ["--config", str(config_path)]
-    else:
+    elif fleet is not None:
         command += [word for url in fleet.urls(Role.PREFILL) for word in ("--prefill", url)]
         command += [word for url in fleet.urls(Role.DECODE) for word in ("--decode", url)]
     with log_path.open("ab") as log:

@@ -99,8 +99,10 @@ class Site:
 
     def busy(self, *engine_ids: str) -> int:
         """Requests that these engines (default: all) work on, held KV apart."""
-        loads = [self.fakes[name].engine.load() for name in engine_ids or self.fakes]
-        return sum(load.running_count + load.waiting_count + load.deferred_count for load in loads)
+        names = engine_ids or self.fakes
+        loads = [self.fakes[name].engine.load() for name in names]
+        apart = sum(self.fakes[name].legs.waiting.count for name in names)
+        return apart + sum(load.running_count + load.waiting_count + load.deferred_count for load in loads)
 
     def is_idle(self) -> bool:
         """Whether neither the gateway nor any engine that lives has anything left to do."""
@@ -166,7 +168,15 @@ class Start:
             fakes[name] = await cluster.start(FakeSettings(engine=own, **(fake or {})))
         key = Secret(api_key) if api_key else None
         found = [
-            EngineSettings(url=each.url, role=each.settings.engine.role, id=name, api_key=key)
+            EngineSettings(
+                url=each.url,
+                role=each.settings.engine.role,
+                id=name,
+                api_key=key,
+                adapter=each.settings.speaks,
+                connector=each.settings.connector,
+                transfer_address=each.url if each.settings.connector == "mooncake" else None,
+            )
             for name, each in fakes.items()
         ]
         fields = {

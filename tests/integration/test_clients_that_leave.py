@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
+import sys
+import termios
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from gateway.config import AdmissionSettings, ServerSettings
 from tests.integration.harness import RawClient, Site, a_post, chat_body, events, words
-from tests.integration.scripted_engine import CHUNKED, DONE, ScriptedEngine, chunk, serving, token
+from tests.integration.scripted_engine import (
+    CHUNKED,
+    DONE,
+    ScriptedEngine,
+    chunk,
+    says,
+    serving,
+    text_answer,
+    token,
+    whole,
+)
 from tests.polling import until
 
 LONG = chat_body(words(100), max_tokens=20_000)
@@ -85,11 +99,13 @@ async def test_fifty_clients_that_leave_at_any_moment_leave_every_engine_idle(me
 PIECE = token("x" * 8000)
 PIECES = 2000
 """16 MB: more than all socket buffers on the way hold."""
+MOST_BYTES = 256 * 1024
+"""What a reader that stops may cost the gateway."""
 
 
-async def pour(received: object, writer: asyncio.StreamWriter) -> None:
+async def pour(received: object, writer: asyncio.StreamWriter, pieces: int = PIECES) -> None:
     writer.write(CHUNKED)
-    for _ in range(PIECES):
+    for _ in range(pieces):
         writer.write(chunk(PIECE))
         await writer.drain()
     writer.write(chunk(DONE) + b"0\r\n\r\n")
@@ -114,9 +130,15 @@ async def a_client_that_does_not_read(site: Site) -> RawClient:
 
 
 def buffered_bytes(site: Site) -> int:
-    """What the gateway holds for its clients."""
+    """What the gateway holds for its clients, in its own memory and in the kernel's send queues."""
     transports = [connection.transport for connection in site.gateway.server.connections]
-    return sum(transport.get_write_buffer_size() for transport in transports if transport is not None)
+    return sum(transport.get_write_buffer_size() + unsent_bytes(transport) for transport in transports if transport)
+
+
+def unsent_bytes(transport: asyncio.Transport) -> int:
+    """Bytes in the kernel that the client has not acknowledged. Source: tcp(7), SIOCOUTQ, which is TIOCOUTQ."""
+    told = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, b"\0" * 4)
+    return int.from_bytes(told, sys.byteorder)
 
 
 async def settled(read: Callable[[], int]) -> int:
@@ -128,14 +150,24 @@ async def settled(read: Callable[[], int]) -> int:
     return seen
 
 
+async def test_a_reader_that_stops_costs_little_while_its_engine_has_100_megabytes_to_send(start, fountain):
+    fountain.script = partial(pour, pieces=100_000_000 // len(PIECE))
+    site = await start("b", engines=[fountain.settings("b9")])
+    await fountain.is_up(site)
+    async with await a_client_that_does_not_read(site):
+        assert await settled(lambda: buffered_bytes(site)) <= MOST_BYTES
+        assert all(result.error is None for result in await asyncio.gather(*(site.ask() for _ in range(20))))
+        assert await settled(lambda: buffered_bytes(site)) <= MOST_BYTES
+
+
 @pytest.mark.slow
 async def test_a_reader_that_stops_costs_bounded_memory_and_then_gets_every_byte(start, fountain: ScriptedEngine):
     site = await start("b", engines=[fountain.settings("b9")])
     await fountain.is_up(site)
     async with await a_client_that_does_not_read(site) as client:
-        assert await settled(lambda: buffered_bytes(site)) <= 2**20
+        assert await settled(lambda: buffered_bytes(site)) <= MOST_BYTES
         assert all(result.error is None for result in await asyncio.gather(*(site.ask() for _ in range(5))))
-        assert buffered_bytes(site) <= 2**20
+        assert await settled(lambda: buffered_bytes(site)) <= MOST_BYTES
         client.writer.transport.resume_reading()
         raw = await client.read_all()
     body = unchunked(raw.partition(b"\r\n\r\n")[2])
@@ -164,3 +196,14 @@ async def test_a_reader_that_never_reads_again_is_dropped_and_its_engine_freed(s
         await until(lambda: fountain.connections == 1)
         await until(lambda: fountain.closed == 1)
         await site.assert_clean()
+
+
+async def test_a_reader_that_never_reads_its_whole_answer_is_dropped_and_the_answer_with_it(start):
+    async with serving(says(whole(text_answer("x" * 8_000_000))), model="fountain") as engine:
+        hasty = ServerSettings(port=0, shutdown_grace_s=0.5, write_timeout_s=0.3)
+        site = await start("", engines=[engine.settings("b9")], is_awaited=False, server=hasty)
+        await engine.is_up(site)
+        async with await a_client_that_does_not_read(site):
+            assert await settled(lambda: buffered_bytes(site)) > 1_000_000  # it is whole before it is known to be sound
+            await until(lambda: buffered_bytes(site) == 0)
+            await until(lambda: site.gateway.server.open_count == 0)

@@ -97,4 +97,4 @@ async def test_an_unknown_plug_in_is_one_clear_line_and_exit_code_2(tmp_path):
     async with sluice("serve", "--config", str(file), "--port", "0") as process:
         _, said = await asyncio.wait_for(process.communicate(), START_S)
     assert process.returncode == 2
-    assert said.decode().startswith("sluice: policy.name: unknown 'best'; known: least_work")
+    assert said.decode().startswith("sluice: policy.name: unknown 'best'; known: sluice")

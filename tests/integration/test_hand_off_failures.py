@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from gateway.config import AdmissionSettings, EngineClientSettings
+from gateway.config import AdmissionSettings, ContinuationSettings, EngineClientSettings
 from tests.integration.harness import CHAT, COMPLETIONS, MODEL, Site, Start, a_chat, chat_body, events, words
 from tests.polling import until
 
@@ -173,10 +173,11 @@ async def test_attempts_are_bounded(start):
 
 
 @pytest.mark.parametrize("fault", ["drop_after_tokens", "error_after_tokens"])
-async def test_a_decode_that_fails_half_way_ends_in_one_error_event_after_whole_ones(mesh, expected, fault):
+async def test_a_decode_that_fails_half_way_ends_in_one_error_event_after_whole_ones(start, fault):
+    site = await start("ppdd", continuation=ContinuationSettings(is_on=False))
     for name in ("d0", "d1"):
-        setattr(mesh[name].faults, fault, 5)
-    status, body, _ = await mesh.post(CHAT, chat_body(PROMPT, stream=True, max_tokens=30))
+        setattr(site[name].faults, fault, 5)
+    status, body, _ = await site.post(CHAT, chat_body(PROMPT, stream=True, max_tokens=30))
     assert status == 200
     data = events(body)
     assert ['"error"' in event for event in data if event != "[DONE]"].count(True) == 1
@@ -184,7 +185,8 @@ async def test_a_decode_that_fails_half_way_ends_in_one_error_event_after_whole_
     assert len([event for event in data if '"content":"' in event]) <= 6
 
 
-async def test_a_decode_engine_that_dies_half_way_breaks_only_its_own_streams(mesh):
+async def test_a_decode_engine_that_dies_half_way_breaks_only_its_own_streams(start):
+    mesh = await start("ppdd", continuation=ContinuationSettings(is_on=False))
     mesh["d0"].slow_down(100)
     streams = [asyncio.create_task(mesh.ask(words(50, seed), max_tokens=200)) for seed in range(6)]
     await until(lambda: mesh["d0"].engine.counters.generated_tokens >= 6)

@@ -88,8 +88,8 @@ async def test_what_only_the_engine_refuses_comes_back_in_its_words(client):
 
 @pytest.mark.parametrize("fault", ["error_after_tokens", "drop_after_tokens"])
 async def test_a_stream_that_breaks_raises_after_the_text_before_it(mesh, client, fault):
-    setattr(mesh["d0"].faults, fault, 4)
-    setattr(mesh["d1"].faults, fault, 4)
+    setattr(mesh["d0"].faults, fault, 2)
+    setattr(mesh["d1"].faults, fault, 2)
     said: list[str] = []
 
     async def listen() -> None:
@@ -98,7 +98,7 @@ async def test_a_stream_that_breaks_raises_after_the_text_before_it(mesh, client
 
     with pytest.raises(openai.APIError):
         await listen()
-    assert 1 <= len(said) <= 4
+    assert 1 <= len(said) <= 6  # two of each attempt: what broke goes on elsewhere, as often as attempts are allowed
 
 
 async def test_the_synchronous_client_works_the_same(mesh, client):

@@ -32,6 +32,7 @@ PUBLISHED = {
     "conversation": Figures(3.40, (12035, 6909, 27367), (343, 350, 597), 0.366, 2.48),
     "azure-conversation": Figures(5.53, (1155, 1020, 2735), (211, 129, 424), None, 8.87),
     "toolagent": Figures(6.56, (8596, None, None), (182, None, None), 0.59, None),
+    "synthetic": Figures(1.11, (15325, None, None), (149, None, None), 0.64, None),
 }
 FILES = {"conversation": "conversation_trace.jsonl", "azure-conversation": "azure_conv_2023.csv"}
 

@@ -45,12 +45,17 @@ def test_a_rule_brings_its_margin_and_its_duration() -> None:
 @pytest.mark.slow
 def test_exhibits_say_what_holds(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     html = tmp_path / "papers.html"
-    names = ["figure5", "figure9", "figure10"]
-    assert main(["papers", "--trace", str(trace), "--only", *names, "--jobs", "1", "--html", str(html)]) == 0
+    names = ["figure5", "figure9", "figure10", "figure15", "setting-b", "overload"]
+    assert (
+        main(
+            ["papers", "--trace", str(trace), "--only", *names, "--requests", "40", "--jobs", "1", "--html", str(html)]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "The order" in out
     assert "of the maximum" in out
-    assert html.read_text().count("<h2>") == 3
+    assert html.read_text().count("<h2>") == 6
 
 
 def test_an_unknown_exhibit_is_named(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ async def test_the_command_replays_a_trace_and_prints_json(tmp_path: Path) -> No
         )
     report = json.loads(out)
     assert (status, err, report["requests"], report["attained"]) == (0, "", 1, 1)
-    assert report["slo"] == {"ttft_s": 5.0, "tbt_s": None, "deadline_s": None}
+    assert report["slo"] == {"ttft_s": 5.0, "tbt_s": None, "tpot_s": None, "deadline_s": None}
     assert server.received[0].headers["x-tenant"] == "t"
 
 
@@ -177,3 +177,22 @@ def test_only_a_terminal_gets_a_line_of_progress(stream: io.StringIO, line: str)
     assert stream.getvalue().endswith(line)
     assert len(progress.outcomes) == 2
     assert bool(stream.getvalue()) is bool(line)
+
+
+async def test_the_bounds_are_asked_for_in_headers_and_scaled_with_time() -> None:
+    async with serve(OK) as server:
+        status, out, _ = await command(
+            server,
+            *("--workload", "conversation", "--limit", "2", "--scale", "1000", "--send-slo", "--json"),
+            *("--slo-ttft-ms", "60000", "--slo-tbt-ms", "60000", "--slo-deadline-ms", "600000"),
+        )
+    assert status == 0
+    assert json.loads(out)["slo"] == {"ttft_s": 0.06, "tbt_s": 0.06, "deadline_s": 0.6, "tpot_s": None}
+    asked = {name: value for name, value in server.received[0].headers.items() if name.startswith("x-")}
+    assert asked == {"x-slo-ttft-ms": "60.000", "x-slo-tbt-ms": "60.000", "x-request-deadline-ms": "600.000"}
+
+
+async def test_without_being_told_to_no_bound_is_asked_for() -> None:
+    async with serve(OK) as server:
+        await command(server, *("--workload", "conversation", "--limit", "1", "--slo-ttft-ms", "60000"))
+    assert not [name for name in server.received[0].headers if name.startswith("x-")]

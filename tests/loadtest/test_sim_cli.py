@@ -46,7 +46,7 @@ def test_a_rule_takes_settings(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["--policy", "nonsense"], "known: "),
-        (["--admission", "nonsense"], "known: none, ttft"),
+        (["--admission", "nonsense"], "known: sluice, none, ttft"),
         (["--profile", "nonsense"], "unknown name"),
         (["--admission", "ttft", "--admission-set", "margin=-1"], "margin"),
         (["--fault", "dies:p9@1+2"], "no engine"),

@@ -172,7 +172,9 @@ def with_fault(kind: FaultKind, engine_id: str, *, factor: float = 2.0, **change
 def test_requests_of_an_engine_that_dies_are_served_by_another(engine_id: str) -> None:
     run = with_fault(FaultKind.DIES, engine_id)
     assert {outcome_of(flight).status for flight in run.flights} == {Status.OK}
-    assert max(flight.request.attempt for flight in run.flights) == 2
+    attempts = max(flight.request.attempt for flight in run.flights)
+    # Whoever is still in its prefill when the decode engine dies is handed to the other one: nothing is done twice.
+    assert attempts == (2 if engine_id == "p1" else 1)
 
 
 def test_a_stream_is_lost_with_its_engine() -> None:

@@ -40,3 +40,10 @@ def test_a_page_escapes_what_it_shows_and_needs_nothing_else() -> None:
     assert "a &amp; b" in text
     assert "http" not in text
     assert "<svg></svg>" in text
+
+
+def test_the_legend_draws_a_curve_as_the_plot_does() -> None:
+    series = [Series("line", []), Series("dots", [], is_dots=True), Series("dashes", [], is_dashed=True)]
+    text = chart("t", series, x_label="x", y_label="y")
+    legend = text[text.index("</clipPath>") :]
+    assert (legend.count("<rect"), legend.count("<circle"), legend.count("stroke-dasharray")) == (1, 1, 2)

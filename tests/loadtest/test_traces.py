@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,12 @@ def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path: Path) -> None:
         (BURST + "5,ChatGPT,472,18,490,Conversation l\n", 2, "Log Type"),
         (BURST + "5,ChatGPT,0,18,18,API log\n", 2, "Request tokens is no token count"),
         (BURST + "inf,ChatGPT,1,18,18,API log\n", 2, "Timestamp is no number"),
+        (BURST + "5,ChatGPT,472\n", 2, "3 cells"),
+        (BURST + "5,ChatGPT,-472,18,490,API log\n", 2, "Request tokens is no number"),
+        (BURST + "-5,ChatGPT,472,18,490,API log\n", 2, "Timestamp is no number"),
+        (BURST + "5,a,4,1,5,API log\n4.5,a,4,1,5,API log\n", 3, "time goes back by 0.5 s"),
+        (AZURE + "2023-11-16 18:15:46,3,4\n" + "99" * MAX_LINE_BYTES, 3, "longer than"),
+        (BURST + "5,a,4,1,5,API log\n" + "99" * MAX_LINE_BYTES, 3, "longer than"),
     ],
 )
 def test_damage_is_named_with_its_line(tmp_path: Path, content: str | bytes, line: int, problem: str) -> None:
@@ -103,6 +110,28 @@ def test_damage_is_named_with_its_line(tmp_path: Path, content: str | bytes, lin
 def test_an_empty_file_is_an_error_in_every_format(tmp_path: Path, name: str) -> None:
     with pytest.raises(TraceError):
         read(tmp_path, "", name)
+
+
+GOOD = {
+    "mooncake": moon(),
+    "azure": AZURE + "2023-11-16 18:15:46,3,4\r\n",
+    "burstgpt": BURST + "5,ChatGPT,472,18,490,Conversation log\n",
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_line_of_2_gb_is_named_without_being_read(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "trace"
+    path.write_text(GOOD[name])
+    with path.open("r+b") as file:
+        file.truncate(2 << 30)
+    tracemalloc.start()
+    with pytest.raises(TraceError, match="longer than") as caught:
+        list(read_trace(path, name))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert caught.value.line == GOOD[name].count("\n") + 1
+    assert peak_bytes < 8 * MAX_LINE_BYTES
 
 
 def test_a_missing_file_is_a_trace_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every row of the table in adapters/vllm/nixl_pull.py, and what must never reach a decode engine."""
+"""Every row of adapters/vllm/in_turn.py and every ending with NIXL, and what must never reach a decode engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.base import Answered, Broken, Call, Cause, HeadEvent, Leg
-from adapters.vllm.nixl_pull import NixlPull, transfer_of
+from adapters.vllm.in_turn import InTurn
+from adapters.vllm.nixl import Nixl
 from gateway.core.errors import MalformedEngineData
 from gateway.core.types import Engine, Role
 from tests.adapters.transcripts import (
@@ -28,8 +29,8 @@ from tests.adapters.transcripts import (
 )
 
 
-def exchange(request=None, decode=D):
-    return NixlPull(request or payload(), P, decode, lease_s=25.0)
+def exchange(request=None, decode=D, mode=None):
+    return InTurn(request or payload(), P, decode, Nixl(lease_s=25.0, mode=mode))
 
 
 def call(commands):
@@ -167,6 +168,22 @@ def test_a_flat_block_list_of_older_versions_is_sound():
     assert play(prefilled(remote_block_ids=[1, 2])) == "call p | prefilled, call d"
 
 
+@pytest.mark.parametrize(
+    ("mode", "said_mode", "goes_on"),
+    [
+        (None, "pull", True),
+        (None, "push", True),
+        ("pull", "push", False),
+        ("push", "push", True),
+        ("push", None, False),
+        ("pull", None, True),
+    ],
+)
+def test_an_engine_that_moves_its_kv_the_other_way_is_not_believed(mode, said_mode, goes_on):
+    transcript = play(prefilled(transfer_mode=said_mode), mode=mode)
+    assert transcript == ("call p | prefilled, call d" if goes_on else "call p | retry p")
+
+
 def test_after_its_end_an_exchange_is_silent():
     assert play(prefilled(), token(), broken(Leg.DECODE), token()) == "call p | prefilled, call d | commit |  | "
     assert play(broken(Leg.PREFILL), prefilled()) == "call p | retry p | "
@@ -192,13 +209,13 @@ def test_a_recorded_stream_commits_with_its_first_output():
 def test_recorded_prefill_answers_lead_to_the_decode_leg(name):
     answer = (VLLM / f"{name}.json").read_bytes()
     assert play(Answered(Leg.PREFILL, 200, answer)) == "call p | prefilled, call d"
-    assert transfer_of(answer) is not None
+    assert Nixl(25.0).transfer(answer) is not None
 
 
 @given(st.binary() | st.binary().map(lambda tail: b'{"kv_transfer_params":' + tail))
 def test_any_bytes_give_parameters_or_a_typed_error(raw):
     with suppress(MalformedEngineData):
-        transfer = transfer_of(raw)
+        transfer = Nixl(25.0).transfer(raw)
         assert transfer is None or bytes(transfer.params) in raw
 
 

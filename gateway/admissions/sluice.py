@@ -1,0 +1,291 @@
+"""Ours: a joint estimate admits, the queue waits in the gateway, and under overload the prices say who goes first.
+
+A request is sent when a prefill engine is about to be free, its first token is predicted in time, and some decode
+engine is predicted to have a place for it when the prefill ends: a step within the bound of everybody there. Else it
+waits in the gateway, where every wake-up sees fresh state, until its prefill could no longer start in time; then it is
+refused. Predictions count with their margin. When more is asked than there is, those whose cost at the prices of both
+stages exceeds their value go after all others, cheapest first: nobody idles for them, and they idle for nobody.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gateway.admissions.costs import Cost, Objective, cost_of
+from gateway.admissions.prices import Prices
+from gateway.core.cluster import Cluster
+from gateway.core.estimate import estimate_at
+from gateway.core.forecast import Forecast
+from gateway.core.interfaces import Arrival, MarginLaw, PairTable, Patience, PrefillEnd, Refusal
+from gateway.core.types import RejectReason, Request, Role, WaitReason
+
+AGAIN_S = 0.5
+"""Somebody waits: look again after so long even if nothing was heard."""
+PAUSE_S = 0.095
+"""Before a request that found no place is tried again. About as often does one of forty decodes of 4 s end."""
+RECENT_HOLDS = 50
+"""Hand-offs from which the usual wait between the legs is told: some seconds' worth under load."""
+SOON_S = 1e-3
+"""What is done within this is done: an alarm rings a rounding before or after the instant it was set for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sluice:
+    """Settings of our rule."""
+
+    objective: Objective = Objective.REQUESTS
+    quantile: float = 0.9
+    """Of the first token's time at which a request is admitted."""
+    tbt_quantile: float = 0.99
+    """Of the step: one that is too long is too long for everybody in the batch."""
+    engine_queue_s: float = 0.0
+    """Seconds of prefill work that may lie ahead of a request in its engine; the rest of the queue is the gateway's."""
+    starve_s: float = 60.0
+    """A class of lengths (by powers of two) of which a request waits and none was sent for so long goes first once."""
+    hold_s: float = 8.0
+    """The longest wait between the legs. Default: about a quarter of vLLM's lease of 30 s."""
+    window_s: float = 120.0
+    """Over which prices are formed."""
+    usable_ratio: float = 0.85
+    """Of each stage's seconds, what is given away at prices: the rest takes bursts. Default: best of .85 to 1 on the
+    first 3000 requests of the conversation trace at 3x, 8 + 2 engines; .90 differs by .003."""
+    max_tries: int = 6
+    """Requests that may find no place in one wake-up before it ends."""
+    unbound_s: float = 60.0
+    """When nobody named a bound for so long, nobody is held back: there is nothing to keep."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "objective", Objective(self.objective))
+        if not (0.0 < self.quantile < 1.0 and 0.0 < self.tbt_quantile < 1.0 and 0.0 < self.usable_ratio <= 1.0):
+            raise ValueError("quantiles and usable_ratio must be between 0 and 1")
+        if not all(0.0 <= value < inf for value in (self.engine_queue_s, self.starve_s, self.hold_s, self.unbound_s)):
+            raise ValueError("engine_queue_s, starve_s, hold_s and unbound_s must be 0 or more, and finite")
+        if not 0.0 < self.window_s < inf or self.max_tries < 1:
+            raise ValueError("window_s must be above 0 and finite, max_tries at least 1")
+
+    def start(self) -> SluiceGate:
+        """A gate that has seen nobody."""
+        return SluiceGate(self)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """What is known of a request that waits."""
+
+    cost: Cost
+    pause_until_at: float = -inf
+
+
+class SluiceGate:
+    """A started `Sluice`."""
+
+    def __init__(self, settings: Sluice) -> None:
+        self._settings = settings
+        self._prices = Prices(window_s=settings.window_s, max_requests=2048, usable_ratio=settings.usable_ratio)
+        self._waiting: dict[str, _Waiting] = {}
+        self._served_at: dict[int, float] = {}
+        """When a request of that class of lengths was last sent, or first waited."""
+        self._bound_at = -inf
+        """When somebody last named a bound."""
+        self._held_s: deque[float] = deque(maxlen=RECENT_HOLDS)
+        """How long the latest hand-offs waited for a place."""
+
+    # ---- one request ------------------------------------------------------------------------------------------------
+
+    def arrive(self, arrival: Arrival, *, now: float) -> NDArray[np.bool_] | Refusal | Patience | None:
+        """The pairs that keep every bound and can begin now, a wait, or a refusal when no wait would help."""
+        request, forecast = arrival.request, arrival.forecast
+        assert forecast is not None, "the scheduler makes one for every decision"
+        if request.slo.has_bounds:
+            self._bound_at = now
+        elif now - self._bound_at > self._settings.unbound_s:
+            return None
+        odds = _Odds(arrival, forecast, self._settings, self._hold_s(), now)
+        known = self._waiting.get(request.id) or self._meet(arrival, forecast, now)
+        if (refusal := odds.hopeless()) is not None:
+            self._waiting.pop(request.id, None)
+            return refusal
+        good = odds.in_time & odds.is_open
+        if good.any():
+            best = int(np.argmin(np.where(good, arrival.costs, inf)))
+            if arrival.pairs.wait_s[best] <= self._settings.engine_queue_s + SOON_S:
+                self._waiting.pop(request.id, None)
+                self._served_at[_length_class(request)] = now
+                return good
+            patience = odds.until_free(best)
+        else:
+            patience = odds.until_open()
+        known.pause_until_at = now + PAUSE_S
+        self._waiting[request.id] = known
+        return patience
+
+    def end_prefill(self, prefill: PrefillEnd, *, now: float) -> Refusal | Patience | None:
+        """A wait while no decode engine has a place: as long as the first token can be in time, and `hold_s` at most.
+
+        A request without a bound goes on then: what it would cost the others is less than a prefill thrown away.
+        """
+        request, estimate = prefill.request, prefill.estimate
+        step_s = _factor(prefill.margins, Role.DECODE, request, self._settings.tbt_quantile) * estimate.tbt_s
+        if step_s <= prefill.bound_s and prefill.has_room:
+            self._held_s.append(now - prefill.ended_at)
+            return None
+        latest_at = prefill.ended_at + self._settings.hold_s
+        if request.slo.ttft_s is not None:
+            in_time_at = request.arrived_at + request.slo.ttft_s - estimate.hand_off_s - estimate.tbt_s
+            latest_at = min(latest_at, in_time_at)
+        elif not request.slo.has_bounds and now >= latest_at:
+            return None
+        return Patience(WaitReason.DECODE_FULL, latest_at, _slow(step_s, prefill.bound_s))
+
+    def _hold_s(self) -> float:
+        """The wait between the legs that most hand-offs stay within: kept free in the time to the first token."""
+        return float(np.quantile(self._held_s, self._settings.quantile)) if self._held_s else 0.0
+
+    def _meet(self, arrival: Arrival, forecast: Forecast, now: float) -> _Waiting:
+        """A request is seen for the first time."""
+        cost = cost_of(arrival, forecast, self._settings.objective)
+        if arrival.request.slo.has_bounds and arrival.request.attempt == 1:
+            self._prices.arrived(cost, now=now)
+        return _Waiting(cost)
+
+    # ---- those who wait ---------------------------------------------------------------------------------------------
+
+    def line_up(self, waiting: Iterable[Request], cluster: Cluster, *, now: float) -> Iterator[Request]:
+        """Whom to try while a prefill engine is about free: what starves, what is worth its cost, then the dear."""
+        tries, too_long = 0, inf
+        for request in self._order(waiting, now):
+            if tries >= self._settings.max_tries or not self._has_free(cluster, now):
+                return
+            known = self._waiting.get(request.id)
+            if known is not None and (now < known.pause_until_at or request.prompt_tokens >= too_long):
+                continue
+            yield request
+            if request.id in self._waiting:
+                tries += 1
+                too_long = min(too_long, request.prompt_tokens)
+
+    def again_at(self, cluster: Cluster, *, now: float) -> float:
+        """When the next prefill engine is predicted to be about free, within half a second."""
+        ahead_s = [work_s - self._settings.engine_queue_s for work_s in _prefill_work_s(cluster, now)]
+        return now + min([AGAIN_S, *(s for s in ahead_s if s > SOON_S)])
+
+    def left(self, request_id: str) -> None:
+        """It waits no longer."""
+        self._waiting.pop(request_id, None)
+
+    def _has_free(self, cluster: Cluster, now: float) -> bool:
+        return any(work_s <= self._settings.engine_queue_s + SOON_S for work_s in _prefill_work_s(cluster, now))
+
+    def _order(self, waiting: Iterable[Request], now: float) -> Iterator[Request]:
+        cheap: list[tuple[float, Request]] = []
+        dear: list[tuple[float, Request]] = []
+        boundless: list[Request] = []
+        for request in waiting:
+            known = self._waiting.get(request.id)
+            excess = 0.0 if known is None else self._excess(known.cost)
+            if not request.slo.has_bounds:
+                boundless.append(request)
+            elif excess <= 1.0:
+                cheap.append((excess, request))
+            elif now - self._served_at.setdefault(_length_class(request), now) > self._settings.starve_s:
+                yield request
+            else:
+                dear.append((excess, request))
+        # Within each, the cheapest first; while prices are zero all are equal and the queue's order stays.
+        for entries in (cheap, dear):
+            entries.sort(key=lambda entry: entry[0])
+            yield from (request for _, request in entries)
+        yield from boundless
+
+    def _excess(self, cost: Cost) -> float:
+        """Cost at the prices over value: above 1 an optimal choice would leave it out."""
+        if self._settings.objective is Objective.FAIR:
+            return 0.0
+        return self._prices.of(cost) / cost.value
+
+
+class _Odds:
+    """What a request can expect of every pair, with margins: arrays of shape (pairs,)."""
+
+    def __init__(self, arrival: Arrival, forecast: Forecast, settings: Sluice, hold_s: float, now: float) -> None:
+        request, pairs = arrival.request, arrival.pairs
+        self._request, self._pairs, self._forecast = request, pairs, forecast
+        margin = _factor(arrival.margins, Role.PREFILL, request, settings.quantile)
+        self._own_s = margin * (pairs.ttft_s - pairs.wait_s) + hold_s
+        self._ttft_s = now - request.arrived_at + pairs.wait_s + self._own_s
+        self._step_s = _factor(arrival.margins, Role.DECODE, request, settings.tbt_quantile) * pairs.tbt_s
+        self._ttft_bound_s = _first_bound_s(arrival, pairs)
+        own_bound_s = inf if request.slo.step_s is None else request.slo.step_s
+        self._step_bound_s = np.minimum(forecast.tightest_s, own_bound_s)[pairs.decode_row]
+        self.in_time: NDArray[np.bool_] = self._ttft_s <= self._ttft_bound_s
+        self.is_open: NDArray[np.bool_] = (self._step_s <= self._step_bound_s) & pairs.has_room
+
+    def hopeless(self) -> Refusal | None:
+        """A refusal when no wait would help: late already, or too slow even alone on its engine."""
+        if not self.in_time.any():
+            best = int(np.argmin(self._ttft_s - self._ttft_bound_s))
+            return _late(float(self._ttft_s[best]), float(self._ttft_bound_s[best]))
+        bound_s = self._request.slo.step_s
+        if bound_s is None or self.is_open.any():
+            return None
+        engines = len(self._forecast.numbers)
+        alone_s = self._forecast.step_s(np.ones(engines), np.full(engines, float(self._request.prompt_tokens)))
+        return _slow(float(alone_s.min()), bound_s) if float(alone_s.min()) > bound_s else None
+
+    def until_open(self) -> Patience:
+        """A wait for a place at a decode engine."""
+        best = int(np.argmin(np.where(self.in_time, self._step_s, inf)))
+        refusal = _slow(float(self._step_s[best]), float(self._step_bound_s[best]))
+        return Patience(WaitReason.DECODE_FULL, self._latest_at(), refusal, estimate_at(self._pairs, best))
+
+    def until_free(self, best: int) -> Patience:
+        """A wait for that pair's prefill engine."""
+        refusal = _late(float(self._ttft_s[best]), float(self._ttft_bound_s[best]))
+        return Patience(WaitReason.PREFILL_BUSY, self._latest_at(), refusal, estimate_at(self._pairs, best))
+
+    def _latest_at(self) -> float:
+        """The last instant at which some prefill could start in time."""
+        return self._request.arrived_at + float((self._ttft_bound_s - self._own_s).max())
+
+
+def _first_bound_s(arrival: Arrival, pairs: PairTable) -> NDArray[np.float64]:
+    """What is left for the first token by the bound on it and by the deadline, shape (pairs,), +inf for neither."""
+    request, slo = arrival.request, arrival.request.slo
+    bound_s = np.full(len(pairs), inf if slo.ttft_s is None else slo.ttft_s)
+    if slo.deadline_s is None:
+        return bound_s
+    output_tokens = 0.0
+    if arrival.law is not None:
+        output_tokens = float(arrival.law.remaining_tokens((request.model, request.tenant), [0.0])[0])
+    if request.max_output_tokens is not None:
+        output_tokens = min(output_tokens, request.max_output_tokens)
+    left_s: NDArray[np.float64] = np.minimum(bound_s, slo.deadline_s - output_tokens * pairs.tbt_s)
+    return left_s
+
+
+def _prefill_work_s(cluster: Cluster, now: float) -> Iterator[float]:
+    return (state.prefill_work_s(now) for state in cluster.engines.values() if state.engine.role is not Role.DECODE)
+
+
+def _length_class(request: Request) -> int:
+    return request.prompt_tokens.bit_length()
+
+
+def _factor(margins: MarginLaw | None, role: Role, request: Request, quantile: float) -> float:
+    return 1.0 if margins is None else margins.factor(role, request.prompt_tokens, quantile)
+
+
+def _late(ttft_s: float, bound_s: float) -> Refusal:
+    message = f"the first token is predicted after {ttft_s:.3g} s; at most {bound_s:.3g} s were asked for"
+    return Refusal(RejectReason.TTFT_SLO, message, predicted_s=ttft_s, bound_s=bound_s)
+
+
+def _slow(tbt_s: float, bound_s: float) -> Refusal:
+    message = f"tokens are predicted {tbt_s:.3g} s apart; at most {bound_s:.3g} s are promised there"
+    return Refusal(RejectReason.TBT_SLO, message, predicted_s=tbt_s, bound_s=bound_s)
