@@ -50,8 +50,22 @@ def sse_data(body: bytes) -> list[object]:
 
 
 def stream_shape(body: bytes) -> list[Shape]:
-    """The distinct shapes of a stream's events in order; `str` is the end mark."""
-    return distinct([shape(data) for data in sse_data(body)])
+    """The distinct shapes of a stream's events in order, choice after choice; `str` is the end mark.
+
+    Several choices come interleaved as the engine's steps have it, so that only the order within each is the same twice.
+    """
+    events = sse_data(body)
+    choices = {choice for event in events if (choice := choice_of(event)) is not None}
+    if len(choices) > 1:
+        last = max(choices) + 1
+        events.sort(key=lambda event: last if (choice := choice_of(event)) is None else choice)
+    return distinct([shape(event) for event in events])
+
+
+def choice_of(event: object) -> int | None:
+    """The index of the choice an event belongs to; None for the end mark, usage, errors and events of several."""
+    choices = event.get("choices") if isinstance(event, dict) else None
+    return choices[0].get("index") if isinstance(choices, list) and len(choices) == 1 else None
 
 
 def metrics_shape(text: str) -> Shape:
