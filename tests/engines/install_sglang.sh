@@ -20,4 +20,13 @@ printf 'torch==2.13.0\ntransformers==5.19.0\n' >"$directory/constraints.txt"
     python-multipart 'pyzmq>=25.1.2' regex requests scipy sentencepiece==0.2.1 setproctitle 'smg-grpc-servicer>=0.9.0' \
     soundfile tiktoken tokenizers tqdm transformers==5.19.0 'uvicorn>=0.51' uvloop watchfiles xgrammar==0.2.7 xxhash \
     zstandard
+# Mooncake's library is linked against this one of the system, though TCP needs none of it.
+if ! ldconfig -p | grep -q 'libibverbs\.so\.1'; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq libibverbs1 >/dev/null
+    else
+        echo "install_sglang.sh: libibverbs.so.1 is missing; install your system's package (Debian: libibverbs1)" >&2
+        exit 1
+    fi
+fi
 "$python" -c 'import sglang, mooncake.engine; print("SGLang", sglang.__version__)'
