@@ -10,6 +10,9 @@ interleaved, case by case, so that a busy machine is unfair to all of them alike
     stream 0.4K               100 tokens, one per engine step of 10 ms
     pd ...                    the same through a prefill and a decode engine: two calls per request
 
+`--telemetry` adds two gateways: one that tells nobody anything (no spans, no `/metrics`, no page, no log lines), and
+one that tells all (spans of a tenth of the requests to a collector, a log line per request, `/metrics` scraped).
+
 Any other proxy can be measured in the same run: start it in front of the engines' addresses, which `--port N` fixes
 (N, N+1 do both; N+2, N+3 prefill; N+4, N+5 decode), and name it as `--peer NAME=URL@PID`. `--start NAME` starts one of
 loadtest/peers.py, whose docstring shows the commands; `make bench-peers` installs and starts all of them.
@@ -24,10 +27,12 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from gateway.core.errors import ConfigError, GatewayError
 from gateway.core.types import Role
@@ -41,6 +46,12 @@ from loadtest.processes import await_answer, cpu_s, free_port, python, started, 
 DIRECT = "direct"
 SLUICE = "sluice"
 UNTOKENISED = "sluice, no tokenizer"
+SILENT = "sluice, telemetry off"
+TELLING = "sluice, telemetry on"
+LOG_LEVELS = {TELLING: "info"}
+"""By the name of a gateway; the others log warnings."""
+SAMPLE_RATIO = 0.1
+SCRAPES_PER_S = 1.0
 SMALL_CHARS, LARGE_CHARS = 250, 200_000
 """Of the prompt; with the rest of the body 0.4 KB and 200 KB."""
 TURN_CHARS = 1_000
@@ -94,6 +105,21 @@ class Proxy:
     rate_ratio: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A gateway that is measured."""
+
+    name: str
+    tokenizer: Path | None
+    """None: lengths are estimated and nothing is indexed."""
+    settings: str = ""
+    """TOML tables beside those that every gateway of the bench has."""
+
+    @property
+    def file_name(self) -> str:
+        return self.name.replace(", ", "-").replace(" ", "-")
+
+
 @dataclass(slots=True)
 class Sample:
     """All rounds of one case through one proxy."""
@@ -132,6 +158,18 @@ class Plan:
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is measured beside Sluice itself."""
+
+    start: Sequence[str] = ()
+    """Names of peers that are started."""
+    given: Sequence[Proxy] = ()
+    """Proxies that run already; asked without hand-off only."""
+    telemetry: bool = False
+    """Gateways that tell nothing and all."""
+
+
 class Client:
     """The client's process."""
 
@@ -158,7 +196,8 @@ def main(argv: Sequence[str]) -> int:
     plan = Plan(flags.rounds, flags.round_s, flags.load, flags.seed)
     cases = [case for case in CASES if not flags.case or case.name in flags.case]
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(plan, cases, flags.start, flags.peer, flags.port, Path(folder), flags.profile)
+        asked = Asked(flags.start, flags.peer, flags.telemetry)
+        figures = measure(plan, cases, asked, flags.port, Path(folder), flags.profile)
     print(json.dumps([asdict(figure) for figure in figures], indent=2) if flags.json else render(figures))
     return 1 if any(figure.failed for figure in figures if figure.proxy.startswith(SLUICE)) else 0
 
@@ -172,6 +211,7 @@ def _flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only this; repeatable")
     parser.add_argument("--start", action="append", default=[], choices=PEERS, help="start this peer too; repeatable")
     parser.add_argument("--peer", metavar="NAME=URL@PID", type=peer, action="append", default=[], help="one that runs")
+    parser.add_argument("--telemetry", action="store_true", help="also gateways with all telemetry off and on")
     parser.add_argument("--port", type=positive_int, help="first of the six ports of the engines (default: free ones)")
     parser.add_argument("--profile", metavar="FILE", help="write a cProfile of the gateway there")
     parser.add_argument("--seed", type=int, default=1)
@@ -193,8 +233,7 @@ def peer(text: str) -> Proxy:
 def measure(
     plan: Plan,
     cases: Sequence[Case],
-    start: Sequence[str],
-    given: Sequence[Proxy],
+    asked: Asked,
     port: int | None,
     folder: Path,
     profile: str | None = None,
@@ -205,13 +244,17 @@ def measure(
     with contextlib.ExitStack() as stack:
         upstreams = _start_engines(stack, port)
         client = Client(stack.enter_context(started(python("loadtest.lean_client"), talks=True)), bodies)
+        variants = [Variant(SLUICE, model), Variant(UNTOKENISED, None)]
+        if asked.telemetry:
+            variants += _telemetry_variants(stack, model)
         for is_hand_off in (False, True):
             group = [case for case in cases if case.is_hand_off is is_hand_off]
             if group:
                 with contextlib.ExitStack() as proxies:
-                    asked = _start_proxies(proxies, upstreams, is_hand_off, start, model, folder, profile)
-                    asked += [] if is_hand_off else given
-                    figures += [figure for case in group for figure in _measure_case(client, case, asked, plan)]
+                    started_ones = _start_gateways(proxies, upstreams, is_hand_off, variants, folder, profile)
+                    started_ones += _start_peers(proxies, upstreams, is_hand_off, asked.start, folder)
+                    started_ones += [] if is_hand_off else asked.given
+                    figures += [figure for case in group for figure in _measure_case(client, case, started_ones, plan)]
     return figures
 
 
@@ -224,26 +267,62 @@ def _start_engines(stack: contextlib.ExitStack, port: int | None) -> Upstreams:
     return Upstreams(tuple(urls[:2]), tuple(urls[2:4]), tuple(urls[4:]))
 
 
-def _start_proxies(
+def _telemetry_variants(stack: contextlib.ExitStack, model: Path) -> list[Variant]:
+    """A gateway that tells nothing, and one that tells all to a collector and a scraper of its own."""
+    collector = stack.enter_context(started(python("loadtest.otlp_sink"), talks=True))
+    endpoint = f"http://127.0.0.1:{told(collector)['port']}"
+    off = "[telemetry]\nmetrics = 'off'\ndecisions = 'off'\n\n[dashboard]\naccess = 'off'"
+    on = f"[telemetry]\nendpoint = '{endpoint}'\nsample_ratio = {SAMPLE_RATIO}"
+    return [Variant(SILENT, model, off), Variant(TELLING, model, on)]
+
+
+def _start_gateways(
     stack: contextlib.ExitStack,
     upstreams: Upstreams,
     is_hand_off: bool,
-    start: Sequence[str],
-    model: Path,
+    variants: Sequence[Variant],
     folder: Path,
     profile: str | None,
 ) -> list[Proxy]:
-    """`direct` first; then Sluice, with and without a tokenizer; then the peers that can do it."""
-    direct = Proxy(DIRECT, upstreams.decode if is_hand_off else upstreams.both, None)
-    asked = [direct]
-    for name, tokenizer in ((SLUICE, model), (UNTOKENISED, None)):
-        config = folder / f"sluice-{is_hand_off}-{tokenizer is not None}.toml"
+    """`direct` first; then Sluice in each variant."""
+    proxies = [Proxy(DIRECT, upstreams.decode if is_hand_off else upstreams.both, None)]
+    for variant in variants:
+        config = folder / f"{variant.file_name}-{is_hand_off}.toml"
         gateway_port = free_port()
-        config.write_text(gateway_config(gateway_port, upstreams, is_hand_off, tokenizer))
+        config.write_text(gateway_config(gateway_port, upstreams, is_hand_off, variant))
         command = python("gateway", "serve", "--config", str(config))
-        if profile is not None and tokenizer is not None:
+        if profile is not None and variant.name == SLUICE:
             command[1:1] = ["-m", "cProfile", "-o", f"{profile}{'.pd' if is_hand_off else ''}"]
-        asked.append(_started_proxy(stack, name, command, gateway_port, folder, 1.0, "/ready"))
+        proxies.append(_started_proxy(stack, variant.name, command, gateway_port, folder, 1.0, "/ready"))
+        if variant.name == TELLING:
+            stack.enter_context(scraped(proxies[-1].urls[0] + "/metrics"))
+    return proxies
+
+
+@contextlib.contextmanager
+def scraped(url: str) -> Iterator[None]:
+    """Reads that address again and again while the block runs, as a Prometheus server does."""
+    is_over = threading.Event()
+
+    def scrape() -> None:
+        while not is_over.wait(1 / SCRAPES_PER_S):
+            with contextlib.suppress(OSError), urlopen(url, timeout=5) as response:
+                response.read()
+
+    scraper = threading.Thread(target=scrape, daemon=True)
+    scraper.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        scraper.join()
+
+
+def _start_peers(
+    stack: contextlib.ExitStack, upstreams: Upstreams, is_hand_off: bool, start: Sequence[str], folder: Path
+) -> list[Proxy]:
+    """The peers of those names that can do it and answer; of the others it is said why they are left out."""
+    proxies = []
     for name in start:
         peer = PEERS[name]
         make = peer.hand_off if is_hand_off else peer.command
@@ -251,10 +330,10 @@ def _start_proxies(
             port = free_port()
             command = make(port, upstreams, folder)
             try:
-                asked.append(_started_proxy(stack, name, command, port, folder, peer.rate_ratio, None))
+                proxies.append(_started_proxy(stack, name, command, port, folder, peer.rate_ratio, None))
             except GatewayError as error:  # the others are still worth their time
                 print(f"{name} is left out: {error.message}", file=sys.stderr)
-    return asked
+    return proxies
 
 
 def _started_proxy(
@@ -274,13 +353,17 @@ def _started_proxy(
     return Proxy(name, (url,), process.pid, rate_ratio)
 
 
-def gateway_config(port: int, upstreams: Upstreams, is_hand_off: bool, tokenizer: Path | None) -> str:
-    """Settings of a gateway with everything on; `tokenizer` None: lengths are estimated and nothing is indexed."""
+def gateway_config(port: int, upstreams: Upstreams, is_hand_off: bool, variant: Variant) -> str:
+    """Settings of a gateway with everything on that the variant does not switch off."""
     roles = [(url, Role.PREFILL) for url in upstreams.prefill] + [(url, Role.DECODE) for url in upstreams.decode]
     engines = roles if is_hand_off else [(url, Role.BOTH) for url in upstreams.both]
-    lines = [f"[server]\nport = {port}\n\n[log]\nformat = 'json'\nlevel = 'warning'\n\n[tokens]\nask_engine = false"]
-    if tokenizer is not None:
-        lines.append(f"tokenizer = '{tokenizer}'")
+    log_level = LOG_LEVELS.get(variant.name, "warning")
+    lines = [
+        f"[server]\nport = {port}\n\n[log]\nformat = 'json'\nlevel = '{log_level}'\n\n[tokens]\nask_engine = false"
+    ]
+    if variant.tokenizer is not None:
+        lines.append(f"tokenizer = '{variant.tokenizer}'")
+    lines += [f"\n{variant.settings}"] if variant.settings else []
     lines += [f"\n[[engines]]\nurl = '{url}'\nrole = '{role}'" for url, role in engines]
     return "\n".join(lines) + "\n"
 

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from adapters.base import Call, Leg
-from gateway.aborts import MAX_WAITING, SENDERS, Aborts
+from gateway.aborts import AGAIN_AFTER_S, MAX_WAITING, SENDERS, Aborts
 from gateway.core.types import Engine, Role
 from gateway.tasks import beside
 from tests.polling import until
@@ -55,6 +55,15 @@ async def test_an_engine_hears_of_each_call_with_its_key_and_its_refusal_matters
             aborts.put(a_call(engine.url, body))
         await until(lambda: len(engine.heard) == 2)
     assert sorted(engine.heard) == [(b"1", "Bearer key of d"), (b"2", "Bearer key of d")]
+
+
+async def test_an_abort_is_sent_again_for_the_first_may_overtake_its_request(engine):
+    aborts = Aborts(lambda engine_id: None)
+    async with beside(aborts.run()):
+        aborts.put(a_call(engine.url))
+        await until(lambda: len(engine.heard) == 1 + len(AGAIN_AFTER_S))
+        await asyncio.sleep(0.1)
+    assert engine.heard == [(b"1", None)] * (1 + len(AGAIN_AFTER_S))
 
 
 async def test_a_call_without_an_abort_is_nobody_s_business(engine):

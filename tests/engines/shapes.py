@@ -52,7 +52,7 @@ def sse_data(body: bytes) -> list[object]:
 def stream_shape(body: bytes) -> list[Shape]:
     """The distinct shapes of a stream's events in order, choice after choice; `str` is the end mark.
 
-    Several choices come interleaved as the engine's steps have it, so that only the order within each is the same twice.
+    Several choices come interleaved as the engine's steps have it: only the order within each is the same twice.
     """
     events = sse_data(body)
     choices = {choice for event in events if (choice := choice_of(event)) is not None}

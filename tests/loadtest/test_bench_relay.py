@@ -30,6 +30,15 @@ def test_it_measures_the_gateway_beside_the_floor_in_one_run(capsys: pytest.Capt
 
 
 @pytest.mark.slow
+def test_telemetry_is_measured_on_and_off_and_reaches_a_collector(capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--rounds", "1", "--round-s", "1", "--load", "0.3", "--case", "pd stream 0.4K"]
+    assert bench_relay.main([*short, "--telemetry", "--json"]) == 0
+    rows = {row["proxy"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {"sluice", "sluice, telemetry off", "sluice, telemetry on"} <= rows.keys()
+    assert all(row["failed"] == 0 for row in rows.values())
+
+
+@pytest.mark.slow
 def test_streams_are_held_and_none_is_lost() -> None:
     figures = bench_streams.measure(100, seconds=2.0, step_s=0.2)
     assert (figures.streams, figures.lost) == (100, 0)
