@@ -77,6 +77,8 @@ ENGINE_TOKENIZES_S = 1.0
 FIRST_LOOK_S = 5.0
 """How long a worker waits for engines before it takes its seat: they may be down, and then somebody has to say so."""
 LOOK_S = 0.02
+WORKERS_TURN_S = 0.004
+"""The longest turn of a worker: a word to a sibling is gathered for `flush_s` and then there within a millisecond."""
 LAST_REQUEST_S = 0.25
 """Time for a request to arrive on a connection that was accepted; clients send it at once."""
 
@@ -173,6 +175,7 @@ def sharing_of(config: Config, driver: Driver, seat: Seat | None) -> Sharing | N
         shard_count=settings.shard_count,
         lease_s=settings.lease_s,
         flush_s=settings.flush_s,
+        turn_s=settings.turn_s if seat is None else min(settings.turn_s, WORKERS_TURN_S),
         snapshot_interval_s=settings.snapshot_interval_s,
         is_listening_shared=settings.kv_listeners is KvListeners.ONE,
     )

@@ -26,7 +26,7 @@ from typing import Any
 
 import structlog
 
-from gateway.core.events import BlocksCleared, BlocksStored, Event, KvFeed, PeerHolds, Tier
+from gateway.core.events import BlocksCleared, BlocksStored, Event, Joined, KvFeed, PeerHolds, Tier
 from gateway.core.leases import Leases
 from gateway.core.types import BlockHashes, Estimate, Request
 from gateway.driver import Driver
@@ -70,6 +70,7 @@ class SharingLimits:
     shard_count: int = 1
     lease_s: float = 5.0
     flush_s: float = 0.002
+    turn_s: float = 0.02
     snapshot_interval_s: float = 10.0
     max_events: int = 65_536
     is_listening_shared: bool = True
@@ -117,6 +118,7 @@ class Sharing:
         self._has_warned_of_twin = False
         self._told_faults = 0
         driver.listener = self
+        driver.apply(Joined(self.member, limits.turn_s))
 
     # ---- what the driver tells --------------------------------------------------------------------------------------
 

@@ -48,6 +48,9 @@ class StoreSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Seconds without a sign of a gateway after which its reservations end with the others, 0.5 to 3600."""
     flush_s: Annotated[float, Meta(ge=0.0005, le=1)] = 0.002
     """Seconds for which what happens is gathered before it is told, 0.0005 to 1."""
+    turn_s: Annotated[float, Meta(ge=0, le=1)] = 0.02
+    """Seconds for which a free prefill engine is offered to one gateway before the next, 0 to 1; longer than `flush_s`
+    and the way through the store take. Not so for workers of one machine: 0.004 at most."""
     timeout_s: Annotated[float, Meta(ge=0.05, le=60)] = 1.0
     """Seconds after which a store that does not answer counts as away, 0.05 to 60."""
     snapshot_interval_s: Seconds = 10.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from gateway.core.events import Event, PrefillDone
+from gateway.core.events import Event, Joined, PrefillDone
 from gateway.core.types import Dispatch, Request
 from gateway.stores.codec import encode
 from gateway.stores.follower import Follower
@@ -19,6 +19,8 @@ from loadtest.sim_gateway import GatewayShell
 
 LEASE_S = 5.0
 """The live gateway's default, gateway/config.py: StoreSettings."""
+TURN_S = 0.02
+"""The same."""
 RENEWALS_PER_LEASE = 4
 
 
@@ -36,7 +38,13 @@ class SimView:
         ]
         self._followers = [Follower(name, follows_blocks=lambda engine_id: False) for name in names]
         self._is_due = [False] * len(gateways)
-        agenda.note(0.0, self._renew)
+        for name, gateway in zip(names, gateways, strict=True):
+            gateway.apply(Joined(name, TURN_S), now=0.0)
+        for outbox in self._outboxes:
+            outbox.renew(now=0.0)
+        for number in range(len(gateways)):  # they know of one another before the first request comes
+            self._tell(number, 0.0, delay_s=0.0)
+        agenda.note(LEASE_S / RENEWALS_PER_LEASE, self._renew)
 
     def sent(self, gateway: int, request: Request, dispatch: Dispatch, now: float) -> None:
         """That gateway dispatched the request."""
@@ -73,13 +81,14 @@ class SimView:
             self._is_due[gateway] = True
             self._agenda.note(now, partial(self._tell, gateway))
 
-    def _tell(self, gateway: int, now: float) -> None:
+    def _tell(self, gateway: int, now: float, *, delay_s: float | None = None) -> None:
         self._is_due[gateway] = False
+        delay_s = self._delay_s if delay_s is None else delay_s
         for letter in self._outboxes[gateway].take(now=now):
             data = encode(letter.message)
             for other in range(len(self._gateways)):
                 if other != gateway:
-                    self._agenda.note(now + self._delay_s, partial(self._hear, other, data))
+                    self._agenda.note(now + delay_s, partial(self._hear, other, data))
 
     def _hear(self, gateway: int, data: bytes, now: float) -> None:
         for event in self._followers[gateway].take(0, data):

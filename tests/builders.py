@@ -10,7 +10,7 @@ import numpy as np
 
 from gateway.core.admission import AdmissionLimits
 from gateway.core.events import EngineFound, EngineHealth
-from gateway.core.interfaces import Chooser, EngineLoad, PairTable
+from gateway.core.interfaces import Admission, Chooser, EngineLoad, PairTable
 from gateway.core.scheduler import Scheduler
 from gateway.core.types import BlockHashes, Dispatch, Engine, Estimate, Health, Request, Role
 from gateway.policies.least_work import LeastWork
@@ -35,7 +35,11 @@ def a_dispatch(request_id: str = "r1", **fields: Any) -> Dispatch:
 
 
 def a_scheduler(
-    *engines: Engine, health: Health = Health.UP, weights: Mapping[str, float] | None = None, **limits: Any
+    *engines: Engine,
+    health: Health = Health.UP,
+    weights: Mapping[str, float] | None = None,
+    admission: Admission | None = None,
+    **limits: Any,
 ) -> Scheduler:
     """A scheduler that knows these engines, all of them up unless `health` says otherwise."""
     scheduler = Scheduler(
@@ -45,6 +49,7 @@ def a_scheduler(
         rng=random.Random(0),
         max_blocks=4096,
         tenant_weights=weights,
+        admission=admission,
     )
     for engine in engines:
         scheduler.apply(EngineFound(engine), now=0.0)

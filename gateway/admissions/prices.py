@@ -36,25 +36,26 @@ class Prices:
         self.decode = 0.0
         """Value per second of the decode stage, >= 0."""
 
-    def arrived(self, cost: Cost, *, now: float) -> None:
-        """Counts a request; renews the prices when that is due."""
+    def arrived(self, cost: Cost, *, share: float = 1.0, now: float) -> None:
+        """Counts a request; renews the prices when that is due. `share` > 0 of both stages is for such as it."""
         self._recent.append((now, cost))
         if now - self._renewed_at >= self._renew_s:
             self._renewed_at = now
-            self._renew(now)
+            self._renew(now, share)
 
     def of(self, cost: Cost) -> float:
         """What the request costs at these prices."""
         return self.prefill * cost.prefill_s + self.decode * cost.decode_s
 
-    def _renew(self, now: float) -> None:
+    def _renew(self, now: float, share: float) -> None:
         while self._recent and self._recent[0][0] < now - self._window_s:
             self._recent.popleft()
         span_s = now - self._recent[0][0] if self._recent else 0.0
         if span_s < min(LEAST_SPAN_S, 0.1 * self._window_s):
             return
         table = np.array([(cost.prefill_s, cost.decode_s, cost.value) for _, cost in self._recent])
-        self.prefill, self.decode = dual_prices(table[:, 0], table[:, 1], table[:, 2], self._usable_ratio * span_s)
+        capacity_s = self._usable_ratio * span_s * share
+        self.prefill, self.decode = dual_prices(table[:, 0], table[:, 1], table[:, 2], capacity_s)
 
 
 def dual_prices(prefill_s: Floats, decode_s: Floats, value: Floats, capacity_s: float) -> tuple[float, float]:

@@ -80,6 +80,8 @@ class _Waiting:
 
     cost: Cost
     pause_until_at: float = -inf
+    is_place_wanted: bool = False
+    """Whether it waits for a place at a decode engine: one that is longer finds none either."""
 
 
 class SluiceGate:
@@ -112,6 +114,7 @@ class SluiceGate:
             self._waiting.pop(request.id, None)
             return refusal
         good = odds.in_time & odds.is_open
+        pause_s = PAUSE_S
         if good.any():
             best = int(np.argmin(np.where(good, arrival.costs, inf)))
             if arrival.pairs.wait_s[best] <= self._settings.engine_queue_s + SOON_S:
@@ -119,9 +122,12 @@ class SluiceGate:
                 self._served_at[_length_class(request)] = now
                 return good
             patience = odds.until_free(best)
+            if arrival.cluster.turns.round_s:  # its turn is short, and no other gateway's wait ends with it
+                pause_s = min(PAUSE_S, float(arrival.pairs.wait_s[best]) - SOON_S)
         else:
             patience = odds.until_open()
-        known.pause_until_at = now + PAUSE_S
+        known.pause_until_at = now + pause_s
+        known.is_place_wanted = patience.reason is WaitReason.DECODE_FULL
         self._waiting[request.id] = known
         return patience
 
@@ -151,7 +157,8 @@ class SluiceGate:
         """A request is seen for the first time."""
         cost = cost_of(arrival, forecast, self._settings.objective)
         if arrival.request.slo.has_bounds and arrival.request.attempt == 1:
-            self._prices.arrived(cost, now=now)
+            # Other gateways get about as many requests as this one, and have the same engines.
+            self._prices.arrived(cost, share=1.0 / arrival.cluster.turns.member_count, now=now)
         return _Waiting(cost)
 
     # ---- those who wait ---------------------------------------------------------------------------------------------
@@ -168,7 +175,8 @@ class SluiceGate:
             yield request
             if request.id in self._waiting:
                 tries += 1
-                too_long = min(too_long, request.prompt_tokens)
+                if self._waiting[request.id].is_place_wanted:
+                    too_long = min(too_long, request.prompt_tokens)
 
     def again_at(self, cluster: Cluster, *, now: float) -> float:
         """When the next prefill engine is predicted to be about free, within half a second."""

@@ -11,11 +11,12 @@ requests we had there since the report before, and errs towards "ours".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from gateway.core.decode_rows import DecodeRows
 from gateway.core.interfaces import EngineLoad
+from gateway.core.turns import Turns
 from gateway.core.types import Dispatch, Engine, Estimate, Health, Report, Request
 
 MICROSECONDS = 1_000_000
@@ -46,6 +47,8 @@ class Reservation:
     """The margins that were in force when it was sent: what was predicted for it was promised times these."""
     row: int = -1
     """Its place among the decode rows; -1: it has none."""
+    mark: int = 0
+    """What it adds to the lot that says whose turn its prefill engine's next vacancy is."""
 
     @property
     def held_s(self) -> float:
@@ -81,6 +84,12 @@ class EngineState:
     """When the first of `prefilling` became the first."""
     prefill_ended_at: float = float("-inf")
     """When a prefill last ended here."""
+    last_mark: int = 0
+    """Of the last request whose prefill was here, once none is."""
+    turns: Turns = field(default_factory=Turns)
+    """Those of all engines."""
+    turn_s: float = 0.0
+    """How long after its next vacancy this gateway's turn begins."""
 
     @property
     def own_count(self) -> int:
@@ -97,12 +106,17 @@ class EngineState:
         return self.own_count + self.others_count
 
     def prefill_work_s(self, now: float) -> float:
-        """Predicted seconds until the prefills sent here so far are done; the running one counts down while it runs."""
+        """Predicted seconds until the prefills sent here so far are done; the running one counts down while it runs.
+
+        While another gateway's turn is first, until that is over.
+        """
         if not self.prefilling:
-            return 0.0
+            return self.turns.hold_s(self.turn_s, self.prefill_ended_at, now)
         head = next(iter(self.prefilling.values()))
         running_s = max(0.0, now - max(self.head_since, head.sent_at))
-        return self.prefill_us / MICROSECONDS - min(running_s, head.prefill_us / MICROSECONDS)
+        head_s = head.prefill_us / MICROSECONDS
+        work_s = self.prefill_us / MICROSECONDS - min(running_s, head_s)
+        return work_s + max(0.0, self.turn_s - max(0.0, running_s - head_s)) if self.turn_s else work_s
 
     def load(self, now: float) -> EngineLoad:
         """The engine as policies and predictors see it."""
@@ -120,6 +134,11 @@ class EngineState:
         )
 
 
+def owner_of(request_id: str) -> str:
+    """The gateway whose request has that name in the ledger; "" is this one. See core/leases.py."""
+    return request_id.partition("@")[2].partition("#")[0]
+
+
 class Cluster:
     """All engines and all reservations. Unknown ids are ignored: an end may be told twice, an engine may be gone."""
 
@@ -131,6 +150,7 @@ class Cluster:
         """Those of the reservations that decode on a known engine, or will."""
         self.number_count = 0
         """Engines are numbered below this."""
+        self.turns = Turns()
         self._free_numbers: list[int] = []
 
     # ---- engines ----------------------------------------------------------------------------------------------------
@@ -143,7 +163,7 @@ class Cluster:
         if not self._free_numbers:
             self._free_numbers.append(self.number_count)
             self.number_count += 1
-        self.engines[engine.id] = EngineState(engine, self._free_numbers.pop())
+        self.engines[engine.id] = EngineState(engine, self._free_numbers.pop(), turns=self.turns)
         self.engines = dict(sorted(self.engines.items()))
 
     def lost(self, engine_id: str) -> None:
@@ -186,6 +206,8 @@ class Cluster:
             if not prefill.prefilling:
                 prefill.head_since = now
             prefill.prefilling[request.id] = reservation
+            reservation.mark = self.turns.mark(owner_of(request.id), request.prompt_tokens)
+            self._set_turn(prefill)
             prefill.prefill_us += reservation.prefill_us
             prefill.queued_tokens += reservation.uncached_tokens
             prefill.own_peak_count = max(prefill.own_peak_count, prefill.own_count)
@@ -290,8 +312,30 @@ class Cluster:
         if next(iter(prefill.prefilling)) == request_id:
             prefill.head_since = now
         del prefill.prefilling[request_id]
+        if not prefill.prefilling:
+            prefill.last_mark = reservation.mark
+        self._set_turn(prefill)
         prefill.prefill_us -= reservation.prefill_us
         prefill.queued_tokens -= reservation.uncached_tokens
+
+    # ---- turns ------------------------------------------------------------------------------------------------------
+
+    def share_with(self, others: Iterable[str]) -> None:
+        """Learns which other gateways there are."""
+        if self.turns.found(others):
+            self.set_turns()
+
+    def set_turns(self) -> None:
+        """Says anew of every engine whose turn its next vacancy is."""
+        for state in self.engines.values():
+            self._set_turn(state)
+
+    def _set_turn(self, prefill: EngineState) -> None:
+        if not self.turns.round_s:
+            prefill.turn_s = 0.0
+            return
+        marks = sum(each.mark for each in prefill.prefilling.values()) if prefill.prefilling else prefill.last_mark
+        prefill.turn_s = self.turns.delay_s(prefill.engine.id, marks)
 
     def check(self) -> None:
         """Asserts that the sums equal what the reservations hold: whole numbers, so exactly."""

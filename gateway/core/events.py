@@ -171,6 +171,14 @@ class KvFeed:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """This gateway goes by that name among others, and its turns are so long (core/turns.py)."""
+
+    owner: str
+    turn_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class PeerSent:
     """Another gateway dispatched a request. `request.id` is not its name here: other ids are none of our business."""
 
@@ -243,5 +251,6 @@ Event: TypeAlias = (
     | BlocksRemoved
     | BlocksCleared
     | KvFeed
+    | Joined
     | PeerEvent
 )

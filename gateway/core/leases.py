@@ -119,13 +119,20 @@ class Leases:
             if owner is not None:
                 self._end(event.owner, owner, now)
             owner = _Owner(event.epoch, now)
+        is_new = event.owner not in self._owners or self._owners[event.owner].until_at == _OVER
         self._owners.pop(event.owner, None)
         while len(self._owners) >= MAX_OWNERS:
             oldest = next(iter(self._owners))
             self._end(oldest, self._owners[oldest], now)
             del self._owners[oldest]
         self._owners[event.owner] = owner
+        if is_new and not isinstance(event, PeerGone):
+            owner.until_at = now  # it lives; its words say until when
+            self._tell_turns()
         return owner
+
+    def _tell_turns(self) -> None:
+        self._cluster.share_with(name for name, owner in self._owners.items() if owner.until_at != _OVER)
 
     def _sent(self, owner: _Owner, event: PeerSent, now: float) -> None:
         owner.until_at = now + event.lease_s
@@ -190,6 +197,7 @@ class Leases:
         owner.held.clear()
         owner.missing_count = 0
         owner.until_at = _OVER
+        self._tell_turns()
         return ended
 
     def _release(self, name: str, now: float) -> None:

@@ -30,6 +30,7 @@ from gateway.core.events import (
     Event,
     Finished,
     FirstToken,
+    Joined,
     KvFeed,
     Left,
     PeerGone,
@@ -155,6 +156,7 @@ class Scheduler:
         """Dispatch, Wait or Reject for this request, already booked. A retry is the same request with `attempt` + 1."""
         assert request.id not in self._waiting, f"request {request.id} is decided while it waits"
         self.candidates.clear()
+        self.cluster.turns.arrived(now)
         return self._decide(request, now)
 
     def wake(self, *, now: float) -> list[Decision]:
@@ -164,6 +166,7 @@ class Scheduler:
         one that had to go so that another may wait.
         """
         self._room_at = None
+        self.cluster.turns.is_arrival = False
         self.leases.expire(now=now)
         self.candidates.clear()
         decisions: list[Decision] = [*self._stopped]
@@ -466,6 +469,10 @@ class Scheduler:
                 self.prefixes.announced(event)
             case KvFeed(engine_id, state, rows):
                 self.prefixes.feed_changed(engine_id, state, rows)
+            case Joined(owner, turn_s):
+                self.cluster.turns.join(owner, turn_s)
+                self.cluster.set_turns()
+                self._room_at = now
             case PeerSent() | PeerMoved() | PeerHolds() | PeerGone():
                 if self.leases.apply(event, now=now):
                     self._room_at = now

@@ -7,9 +7,11 @@ from itertools import islice
 
 import pytest
 
+from gateway.admissions import sluice as admissions
 from gateway.admissions.ttft import Ttft
 from gateway.core.admission import AdmissionLimits
 from gateway.core.types import Slo
+from gateway.policies import sluice as policies
 from gateway.policies.least_work import LeastWork
 from loadtest.generators import generate
 from loadtest.sim_engines import Fleet
@@ -43,6 +45,30 @@ def test_four_gateways_that_tell_each_other_do_nearly_as_well_as_one_and_four_th
     assert 0.3 < one < 0.99, "the workload is to overload them a little"
     assert four > 0.95 * one
     assert apart < four
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_bursty", [False, True])
+def test_gateways_with_queues_of_their_own_take_turns_at_engines_that_become_free(is_bursty: bool) -> None:
+    """Without turns all of them send to the same engine at the same instant, and half of what one serves is late."""
+    requests = list(islice(generate("conversation", seed=2), 600))  # arrivals are rounded to 3 s
+    profile = load_profile("llama3-70b-8xa800")
+    plan = replace(
+        PLAN,
+        fleet=Fleet(profile, prefill=4, decode=4, block_tokens=512),
+        predictor=Analytic(profile),
+        slo=Slo(ttft_s=10.0, tbt_s=0.1),
+        policy=policies.Sluice(),
+        admission=admissions.Sluice(),
+    )
+    attained = {}
+    for gateways in (1, 4):
+        run = Simulation(
+            replace(plan, gateways=gateways, view_delay_s=0.005), requests if is_bursty else list(unrounded(requests))
+        ).run()
+        attained[gateways] = figures(run)["attained_ratio"]
+    assert 0.3 < attained[1] < 0.95, "the workload is to overload them"
+    assert attained[4] > 0.93 * attained[1]
 
 
 def test_in_the_end_no_gateway_holds_anything_for_anybody():
