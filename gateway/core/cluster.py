@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from gateway.core.decode_rows import DecodeRows
 from gateway.core.interfaces import EngineLoad
-from gateway.core.turns import Turns
+from gateway.core.turns import IDLE_S, Turns
 from gateway.core.types import Dispatch, Engine, Estimate, Health, Report, Request
 
 MICROSECONDS = 1_000_000
@@ -87,7 +87,7 @@ class EngineState:
     last_mark: int = 0
     """Of the last request whose prefill was here, once none is."""
     turns: Turns = field(default_factory=Turns)
-    """Those of all engines."""
+    """Of all engines."""
     turn_s: float = 0.0
     """How long after its next vacancy this gateway's turn begins."""
 
@@ -106,17 +106,24 @@ class EngineState:
         return self.own_count + self.others_count
 
     def prefill_work_s(self, now: float) -> float:
-        """Predicted seconds until the prefills sent here so far are done; the running one counts down while it runs.
-
-        While another gateway's turn is first, until that is over.
-        """
+        """Predicted seconds until the prefills sent here so far are done; the running one counts down while it runs."""
         if not self.prefilling:
-            return self.turns.hold_s(self.turn_s, self.prefill_ended_at, now)
+            return 0.0
         head = next(iter(self.prefilling.values()))
         running_s = max(0.0, now - max(self.head_since, head.sent_at))
-        head_s = head.prefill_us / MICROSECONDS
-        work_s = self.prefill_us / MICROSECONDS - min(running_s, head_s)
-        return work_s + max(0.0, self.turn_s - max(0.0, running_s - head_s)) if self.turn_s else work_s
+        return self.prefill_us / MICROSECONDS - min(running_s, head.prefill_us / MICROSECONDS)
+
+    def opens_s(self, queue_s: float, now: float) -> float:
+        """Seconds until no more than `queue_s` of prefill work is ahead here; negative: since when that is so."""
+        if self.prefilling:
+            return self.prefill_work_s(now) - queue_s
+        return self.prefill_ended_at - queue_s - now
+
+    def turn_in_s(self, queue_s: float, now: float) -> float:
+        """Seconds until the engine is open (`opens_s`) and this gateway's turn has come, >= 0."""
+        opens_s = self.opens_s(queue_s, now)
+        is_idle = -opens_s - queue_s > IDLE_S and not self.prefilling
+        return self.turns.in_s(self.turn_s, opens_s, is_idle=is_idle, now=now)
 
     def load(self, now: float) -> EngineLoad:
         """The engine as policies and predictors see it."""

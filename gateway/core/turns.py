@@ -80,19 +80,20 @@ class Turns:
         first = crc32(f"{engine_id}:{marks}".encode()) % count
         return (self._members.index(self.own) - first) % count * self.turn_s
 
-    def hold_s(self, delay_s: float, free_at: float, now: float) -> float:
-        """Seconds until this gateway may send to an engine that is free since `free_at` <= now; 0: it may.
+    def in_s(self, delay_s: float, opens_s: float, *, is_idle: bool, now: float) -> float:
+        """Seconds until this gateway may send to an engine that opens in `opens_s`, or did so long ago; 0: it may now.
 
-        `delay_s` is what the method of that name said for this vacancy.
+        `delay_s` is what the method of that name said for this vacancy; `is_idle`: it is open for long.
         """
         round_s = self.round_s
         if round_s == 0.0:
-            return 0.0
-        if self.is_arrival and now - free_at > IDLE_S:
+            return max(0.0, opens_s)
+        if self.is_arrival and is_idle:
             return max(0.0, self._offered_at + delay_s - now)
-        if now < free_at + delay_s:
-            return free_at + delay_s - now
-        if free_at == -inf:
+        if opens_s == -inf:  # nothing was ever sent there
             return 0.0
-        into_s = (now - free_at - delay_s) % round_s
+        begins_s = opens_s + delay_s
+        if begins_s > 0.0:
+            return begins_s
+        into_s = -begins_s % round_s
         return 0.0 if into_s < self.turn_s / 2 else round_s - into_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import permutations
+from math import inf
 
 import pytest
 from hypothesis import given
@@ -34,7 +35,8 @@ def test_a_gateway_that_is_alone_always_has_its_turn():
     turns = Turns()
     turns.join("a", TURN_S)
     turns.arrived(0.0)
-    assert [turns.hold_s(turns.delay_s("p1", 7), free_at, 1.0) for free_at in (-1e9, 0.4, 0.999, 1.0)] == [0.0] * 4
+    for opens_s, expected_s in ((-inf, 0.0), (-0.6, 0.0), (-0.001, 0.0), (0.0, 0.0), (0.3, 0.3)):
+        assert turns.in_s(turns.delay_s("p1", 7), opens_s, is_idle=opens_s < -0.5, now=1.0) == expected_s
 
 
 def test_turns_of_no_length_hold_nobody_up():
@@ -42,7 +44,7 @@ def test_turns_of_no_length_hold_nobody_up():
     for turns, own, other in ((first, "a", "b"), (second, "b", "a")):
         turns.join(own, 0.0)
         turns.found([other])
-        assert turns.hold_s(turns.delay_s("p1", 7), 1.0, 1.0) == 0.0
+        assert turns.in_s(turns.delay_s("p1", 7), 0.0, is_idle=False, now=1.0) == 0.0
 
 
 def test_each_has_another_place_in_the_line_and_who_is_first_changes():
@@ -66,19 +68,18 @@ def test_all_agree_whatever_the_order_in_which_they_heard():
 
 @given(
     st.integers(0, 2**40),
-    st.floats(0, 1e4, allow_nan=False),
-    st.floats(0, 10, allow_nan=False),
+    st.floats(-0.5, 10, allow_nan=False),
     st.integers(2, 9),
 )
-def test_of_those_who_wait_at_most_one_may_send_at_a_time_and_each_may_within_a_round(marks, free_at, since_s, count):
+def test_of_those_who_wait_at_most_one_may_send_at_a_time_and_each_may_within_a_round(marks, open_for_s, count):
     everybody = members([f"g{number}" for number in range(count)])
-    now = free_at + since_s
-    holds = [turns.hold_s(turns.delay_s("p1", marks), free_at, now) for turns in everybody]
-    assert sum(hold == 0.0 for hold in holds) <= 1
-    assert all(0.0 <= hold <= count * TURN_S + 1e-9 for hold in holds)
-    for turns, hold in zip(everybody, holds, strict=True):
-        at = now + hold + 1e-6 * (hold > 0.0)
-        assert turns.hold_s(turns.delay_s("p1", marks), free_at, at) == 0.0, "its turn comes when it was said to"
+    waits = [turns.in_s(turns.delay_s("p1", marks), -open_for_s, is_idle=False, now=9.0) for turns in everybody]
+    assert sum(wait == 0.0 for wait in waits) <= 1
+    assert all(0.0 <= wait <= max(0.0, -open_for_s) + count * TURN_S + 1e-9 for wait in waits)
+    for turns, wait in zip(everybody, waits, strict=True):
+        at = open_for_s + wait + 1e-6 * (wait > 0.0)
+        delay_s = turns.delay_s("p1", marks)
+        assert turns.in_s(delay_s, -at, is_idle=False, now=9.0) == 0.0, "its turn comes when it was said to"
 
 
 def test_of_an_idle_engine_the_first_is_free_to_send_and_a_burst_goes_to_different_ones():
@@ -86,7 +87,7 @@ def test_of_an_idle_engine_the_first_is_free_to_send_and_a_burst_goes_to_differe
     for turns in members():
         turns.arrived(100.0)
         for engine in range(32):
-            if turns.hold_s(turns.delay_s(f"p{engine}", 0), 100.0 - 2 * IDLE_S, 100.0) == 0.0:
+            if turns.in_s(turns.delay_s(f"p{engine}", 0), -2 * IDLE_S, is_idle=True, now=100.0) == 0.0:
                 assert engine not in takers, "only one gateway may take it at once"
                 takers[engine] = turns.own
     assert len(takers) == 32
@@ -97,7 +98,7 @@ def test_an_arrival_that_follows_at_once_does_not_begin_the_offer_anew():
     delay_s = turns.delay_s("p1", 0)
     turns.arrived(100.0)
     turns.arrived(100.0 + delay_s)
-    assert turns.hold_s(delay_s, 0.0, 100.0 + delay_s) == 0.0
+    assert turns.in_s(delay_s, -100.0, is_idle=True, now=100.0 + delay_s) == 0.0
 
 
 def test_members_are_those_who_live():
