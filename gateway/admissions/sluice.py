@@ -117,7 +117,12 @@ class SluiceGate:
         pause_s = PAUSE_S
         if good.any():
             best = int(np.argmin(np.where(good, arrival.costs, inf)))
-            if arrival.pairs.wait_s[best] <= self._settings.engine_queue_s + SOON_S:
+            is_now = arrival.pairs.wait_s <= self._settings.engine_queue_s + SOON_S
+            if not is_now[best] and self._is_queue(request.id) and (good & is_now).any():
+                # The prediction knows of the prefill engines' own queues only; those who wait here go before it.
+                good &= is_now
+                best = int(np.argmin(np.where(good, arrival.costs, inf)))
+            if is_now[best]:
                 self._waiting.pop(request.id, None)
                 self._served_at[_length_class(request)] = now
                 return good
@@ -148,6 +153,10 @@ class SluiceGate:
         elif not request.slo.has_bounds and now >= latest_at:
             return None
         return Patience(WaitReason.DECODE_FULL, latest_at, _slow(step_s, prefill.bound_s))
+
+    def _is_queue(self, request_id: str) -> bool:
+        """Whether anybody else waits."""
+        return len(self._waiting) > (request_id in self._waiting)
 
     def _hold_s(self) -> float:
         """The wait between the legs that most hand-offs stay within: kept free in the time to the first token."""
@@ -225,14 +234,15 @@ class _Odds:
         request, pairs = arrival.request, arrival.pairs
         self._request, self._pairs, self._forecast = request, pairs, forecast
         margin = _factor(arrival.margins, Role.PREFILL, request, settings.quantile)
-        self._own_s = margin * (pairs.ttft_s - pairs.wait_s) + hold_s
+        self._own_s = margin * (pairs.ttft_s - pairs.wait_s) + np.where(pairs.is_local, 0.0, hold_s)
         self._ttft_s = now - request.arrived_at + pairs.wait_s + self._own_s
         self._step_s = _factor(arrival.margins, Role.DECODE, request, settings.tbt_quantile) * pairs.tbt_s
         self._ttft_bound_s = _first_bound_s(arrival, pairs)
         own_bound_s = inf if request.slo.step_s is None else request.slo.step_s
         self._step_bound_s = np.minimum(forecast.tightest_s, own_bound_s)[pairs.decode_row]
         self.in_time: NDArray[np.bool_] = self._ttft_s <= self._ttft_bound_s
-        self.is_open: NDArray[np.bool_] = (self._step_s <= self._step_bound_s) & pairs.has_room
+        joined_s = self._step_s + np.where(pairs.is_local, 0.0, pairs.stall_s)
+        self.is_open: NDArray[np.bool_] = (joined_s <= self._step_bound_s) & pairs.has_room
 
     def hopeless(self) -> Refusal | None:
         """A refusal when no wait would help: late already, or too slow even alone on its engine."""
