@@ -41,7 +41,9 @@ class Learning:
         if state is None:
             return
         # What is seen of a prefill in a decode engine's batch holds that batch's steps too.
-        own = estimate.prefill_s / (estimate.prefill_s + estimate.join_s) if estimate.prefill == estimate.decode else 1.0
+        own = (
+            estimate.prefill_s / (estimate.prefill_s + estimate.join_s) if estimate.prefill == estimate.decode else 1.0
+        )
         busy_s = reservation.prefill_busy_s
         self._estimator.observe_prefill(
             PrefillOutcome(
