@@ -274,7 +274,7 @@ class Adapter(Protocol):
         ...
 
     def can_prefill(self, engine: Engine) -> bool:
-        """Whether the engine computes a prompt that nobody handed on to it: a decode engine may not. Raises ConfigError."""
+        """Whether it computes a prompt that nobody handed on to it: a decode engine may not. Raises ConfigError."""
         ...
 
     def hold_s(self, engine: Engine) -> float:

@@ -45,7 +45,7 @@ class Vllm:
         return connectors.name_of(engine.connector)
 
     def can_prefill(self, engine: Engine) -> bool:
-        """True of a decode engine too that is sent no transfer parameters, but for one connector. Raises ConfigError."""
+        """True of a decode engine too, with all connectors but one. Raises ConfigError."""
         return engine.role is not Role.DECODE or connectors.CONNECTORS[self.connector_name(engine)].can_decode_alone
 
     def hold_s(self, engine: Engine) -> float:

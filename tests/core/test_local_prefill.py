@@ -1,4 +1,4 @@
-"""A decode engine that computes a prompt itself: offered where it can, chosen where it is better, harmless to others."""
+"""A decode engine that computes a prompt itself: where it can, where it is better, and without harm to others."""
 
 from __future__ import annotations
 
