@@ -273,6 +273,10 @@ class Adapter(Protocol):
         """Our name of the engine's connector: two engines hand KV on when theirs are the same. Raises ConfigError."""
         ...
 
+    def can_prefill(self, engine: Engine) -> bool:
+        """Whether it computes a prompt that nobody handed on to it: a decode engine may not. Raises ConfigError."""
+        ...
+
     def hold_s(self, engine: Engine) -> float:
         """Seconds for which a prefill engine keeps blocks that nobody fetches, at the engine's defaults."""
         ...

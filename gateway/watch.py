@@ -84,8 +84,10 @@ class Watch:
                 match change:
                     case EngineFound(engine):
                         self._stop(engine.id)
-                        self._driver.apply(change)
                         if (fault := self._pool_fault(engine)) is None:
+                            engine = replace(engine, can_serve_alone=self._adapters[engine.adapter].can_prefill(engine))
+                        self._driver.apply(EngineFound(engine))
+                        if fault is None:
                             self._followers[engine.id] = group.create_task(self._follow(engine, session))
                         else:
                             self._set_down(engine.id, fault)

@@ -211,6 +211,13 @@ class FakeEngine:
             self._listener.close()
             self._listener = None
 
+    def drop_connections(self) -> None:
+        """Closes every open connection abruptly, the idle ones that clients keep for later too."""
+        if self._runner is not None and self._runner.server is not None:
+            for connection in self._runner.server.connections:
+                if connection.transport is not None:
+                    connection.transport.abort()
+
     async def die(self) -> None:
         """Like SIGKILL: the socket and all connections close abruptly, memory is lost, nobody is told."""
         self.refuse_connections()
@@ -222,10 +229,7 @@ class FakeEngine:
             self.cluster.rooms.pop(self.bootstrap_port, None)
             self.rooms.close()
         self.rearm()
-        if self._runner is not None and self._runner.server is not None:
-            for connection in self._runner.server.connections:
-                if connection.transport is not None:
-                    connection.transport.abort()
+        self.drop_connections()
         if self.publisher is not None:
             await self.publisher.close()
             self.publisher = None

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
+from gateway.core.events import AttemptFailed, Event
 from gateway.core.types import Health
+from gateway.journal import Journal
 from loadtest.answer import ClientResult
 from loadtest.client import LoadClient, chat_request
 from loadtest.fault_pools import HOLD_S, POOLS, Pool
@@ -43,11 +45,29 @@ class Cell:
     """Blocks x seconds held at prefill engines from the harm on."""
     longest_hold_s: float
     """From the client's end until nothing is held any more."""
+    is_met: bool = True
+    """Whether the request really met the fault: else the cell says nothing."""
 
     @property
     def hold_limit_s(self) -> float:
         """The connector's own minimum, as these engines were started."""
         return 0.0 if self.connector == "shared store" else HOLD_S
+
+
+class Failures(Journal):
+    """A journal that keeps the attempts that failed: how it is known that a fault was met."""
+
+    def __init__(self) -> None:
+        self.seen: list[AttemptFailed] = []
+
+    def event(self, event: Event, now: float) -> None:
+        """Keeps it if it is one."""
+        if isinstance(event, AttemptFailed):
+            self.seen.append(event)
+
+
+class NotMet(Exception):
+    """The request was over before the harm was done."""
 
 
 @dataclass(slots=True)
@@ -56,16 +76,20 @@ class Scene:
 
     pool: Pool
     asking: asyncio.Task[ClientResult]
+    failures: Failures
     harmed_at: float = 0.0
     has_left: bool = False
     block_s: float = 0.0
     others: list[asyncio.Task[ClientResult]] = field(default_factory=list)
+    is_seen: bool = True
+    """Whether the harm was seen to do something, where only the engines show that."""
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Waits for it; the request must not be over before."""
+        """Waits for it. Raises NotMet when the request is over before."""
         async with asyncio.timeout(PATIENCE_S):
             while not condition():
-                assert not self.asking.done(), "the request was over before the harm was done"
+                if self.asking.done():
+                    raise NotMet
                 await asyncio.sleep(POLL_S)
 
     def leave(self) -> None:
@@ -84,8 +108,9 @@ async def nothing(scene: Scene) -> None:
     """The undisturbed request."""
 
 
-async def prefill_refuses(scene: Scene) -> None:
-    """Arranged before."""
+async def prefill_dies_mid(scene: Scene) -> None:
+    await _mid_stream(scene)
+    await scene.pool.engines["p0"].die()
 
 
 async def prefill_dies_before(scene: Scene) -> None:
@@ -141,7 +166,9 @@ async def hand_off_stalls(scene: Scene) -> None:
     """The network between the engines stands still until the request is somewhere else."""
     fabric = scene.pool.cluster.fabric
     decode = scene.pool.engines["d0"].engine
-    await _until(lambda: decode.load().fetching_count == 1 or scene.asking.done())  # over a store nothing is fetched
+    await _until(lambda: decode.load().fetching_count == 1 or scene.asking.done())
+    scene.is_seen = decode.load().fetching_count == 1
+    await _until(lambda: bool(scene.failures.seen) or scene.asking.done())
     fabric.bytes_per_s = 25e9
 
 
@@ -184,6 +211,14 @@ def _do(action: str, *names: str, **arguments: float) -> Callable[[Pool], None]:
     return arrange
 
 
+def _refuse(name: str) -> Callable[[Pool], None]:
+    def arrange(pool: Pool) -> None:
+        pool.engines[name].refuse_connections()
+        pool.engines[name].drop_connections()  # one that was kept from the request before would be used
+
+    return arrange
+
+
 def _silence(name: str) -> Callable[[Pool], None]:
     def arrange(pool: Pool) -> None:
         pool.engines[name].faults.is_silent_to_posts = True
@@ -202,53 +237,100 @@ def _as_it_is(pool: Pool) -> None:
 SLOW: Final = 2000.0
 """A prefill of milliseconds then takes a wall second or two: long enough to be caught."""
 
-FAULTS: Final[Mapping[str, tuple[Callable[[Pool], None], Harm]]] = MappingProxyType(
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One row of the matrix."""
+
+    arrange: Callable[[Pool], None]
+    """Done before the request."""
+    harm: Harm
+    """Done when the request is where it should be; it fails when the request is over before."""
+    blames: tuple[str, ...] = ()
+    """An attempt must have failed at one of these engines, or the request has not met the fault."""
+
+
+_BUSY_DECODE: Final = _do("slow_down", "d0", factor=40.0)
+FAULTS: Final[Mapping[str, Fault]] = MappingProxyType(
     {
-        "none": (_as_it_is, nothing),
-        "prefill refuses": (_do("refuse_connections", "p0"), prefill_refuses),
-        "prefill dies before it begins": (_do("freeze", "p0"), prefill_dies_before),
-        "prefill dies at work": (_do("slow_down", "p0", factor=SLOW), prefill_dies_while),
-        "prefill dies after": (_do("freeze", "d0"), prefill_dies_after),
-        "prefill freezes": (_do("freeze", "p0"), prefill_freezes),
-        "decode refuses": (_do("refuse_connections", "d0"), prefill_refuses),
-        "decode dies before its first token": (_do("freeze", "d0"), decode_dies_before),
-        "decode dies mid-stream": (_do("slow_down", "d0", factor=40.0), decode_dies_mid),
-        "decode freezes": (_do("freeze", "d0"), decode_freezes),
-        "decode freezes mid-stream": (_do("slow_down", "d0", factor=40.0), decode_freezes_mid),
-        "client leaves while it waits": (_do("freeze", "p0", "p1"), leaves_waiting),
-        "client leaves before the prefill": (_do("freeze", "p0"), leaves_in_prefill_queue),
-        "client leaves in the prefill": (_do("slow_down", "p0", factor=SLOW), leaves_in_prefill),
-        "client leaves before the first token": (_do("freeze", "d0"), leaves_before_first_token),
-        "client leaves mid-stream": (_do("slow_down", "d0", factor=40.0), leaves_mid_stream),
-        "hand-off times out": (_stall_network, hand_off_stalls),
-        "lease ends": (_silence("d0"), nothing),
+        "none": Fault(_as_it_is, nothing),
+        "prefill refuses": Fault(_refuse("p0"), nothing, ("p0",)),
+        "prefill dies before it begins": Fault(_do("freeze", "p0"), prefill_dies_before, ("p0",)),
+        "prefill dies at work": Fault(_do("slow_down", "p0", factor=SLOW), prefill_dies_while, ("p0",)),
+        "prefill dies after": Fault(_do("freeze", "d0"), prefill_dies_after),
+        "prefill freezes": Fault(_do("freeze", "p0"), prefill_freezes, ("p0",)),
+        "decode refuses": Fault(_refuse("d0"), nothing, ("d0",)),
+        "decode dies before its first token": Fault(_do("freeze", "d0"), decode_dies_before, ("d0",)),
+        "decode dies mid-stream": Fault(_BUSY_DECODE, decode_dies_mid),
+        "decode freezes": Fault(_do("freeze", "d0"), decode_freezes, ("d0",)),
+        "decode freezes mid-stream": Fault(_BUSY_DECODE, decode_freezes_mid),
+        "client leaves while it waits": Fault(_do("freeze", "p0", "p1"), leaves_waiting),
+        "client leaves before the prefill": Fault(_do("freeze", "p0"), leaves_in_prefill_queue),
+        "client leaves in the prefill": Fault(_do("slow_down", "p0", factor=SLOW), leaves_in_prefill),
+        "client leaves before the first token": Fault(_do("freeze", "d0"), leaves_before_first_token),
+        "client leaves mid-stream": Fault(_BUSY_DECODE, leaves_mid_stream),
+        "hand-off times out": Fault(_stall_network, hand_off_stalls, ("p0", "d0")),
+        "lease ends": Fault(_silence("d0"), nothing, ("p0", "d0")),
     }
 )
-"""Fault -> what is arranged before the request, and what is done when it is where it should be."""
+OTHERWISE: Final[Mapping[tuple[str, str], Fault | None]] = MappingProxyType(
+    {
+        ("shared store", "hand-off times out"): None,  # nothing is moved from engine to engine
+        ("sglang", "prefill dies after"): Fault(_BUSY_DECODE, prefill_dies_mid),  # it is busy until its KV is fetched
+        # Both legs are silent then: which of the two is at fault nobody can tell.
+        ("sglang", "decode freezes"): Fault(_do("freeze", "d0"), decode_freezes, ("p0", "d0")),
+    }
+)
+"""(connector, fault) that is played otherwise, or does not exist."""
+TRIES: Final = 3
+"""A cell whose fault was not met is played again: a health probe may have been quicker than the request."""
+
+
+def fault_of(connector: str, fault: str) -> Fault | None:
+    """The row as it is played with that connector; None: there is no such thing."""
+    return OTHERWISE.get((connector, fault), FAULTS[fault])
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-async def run_cell(connector: str, fault: str) -> Cell:
-    """Plays one cell in a pool of its own."""
-    arrange, harm = FAULTS[fault]
+async def run_cell(connector: str, fault: str) -> Cell | None:
+    """Plays one cell, each time in a pool of its own, until its fault was met; None where there is no such fault."""
+    played = fault_of(connector, fault)
+    if played is None:
+        return None
+    for _ in range(TRIES):
+        cell = await _play(connector, fault, played)
+        if cell.is_met:
+            break
+    return cell
+
+
+async def _play(connector: str, fault: str, played: Fault) -> Cell:
+    harm = played.harm
     limits = {"max_in_flight": 1} if harm is leaves_waiting else {}
     async with POOLS[connector](**limits) as pool, LoadClient(pool.gateway.url) as client:
         request = chat_request(PROMPT, model=pool.model, max_tokens=OUTPUT_TOKENS, temperature=0, ignore_eos=True)
         await _until(lambda: _is_up(pool))
         expected = (await client.send(request)).text
-        arrange(pool)
+        failures = pool.gateway.driver.journal = Failures()
+        played.arrange(pool)
         others = [asyncio.create_task(client.send(request)) for _ in range(2 if harm is leaves_waiting else 0)]
         await asyncio.sleep(10 * POLL_S if others else 0)
         now = asyncio.get_running_loop().time()
-        scene = Scene(pool, asyncio.create_task(client.send(request)), harmed_at=now, others=others)
+        scene = Scene(pool, asyncio.create_task(client.send(request)), failures, harmed_at=now, others=others)
         counting = asyncio.create_task(_count_held(scene))
         try:
-            await harm(scene)
+            try:
+                await harm(scene)
+            except NotMet:
+                scene.is_seen = False
             if harm is not nothing:
                 scene.harmed_at = asyncio.get_running_loop().time()
-            return await _ending(scene, connector, fault, expected)
+            cell = await _ending(scene, connector, fault, expected)
+            blamed = {failure.engine_id for failure in failures.seen}
+            is_met = scene.is_seen and (not played.blames or not blamed.isdisjoint(played.blames))
+            return replace(cell, is_met=is_met)
         finally:
             counting.cancel()
             await asyncio.wait([counting])
@@ -268,7 +350,7 @@ async def _ending(scene: Scene, connector: str, fault: str, expected: str) -> Ce
     return Cell(
         connector,
         fault,
-        _said(result),
+        _said(result, has_failed=bool(scene.failures.seen)),
         _seen(result, expected),
         took_s,
         scene.block_s,
@@ -276,14 +358,14 @@ async def _ending(scene: Scene, connector: str, fault: str, expected: str) -> Ce
     )
 
 
-def _said(result: ClientResult | None) -> str:
+def _said(result: ClientResult | None, *, has_failed: bool) -> str:
     if result is None:
         return "stopped"
     if result.error is not None:
         return "failed"
     if result.headers.get("x-sluice-attempts", "1") != "1":
         return "retried"
-    return "served"
+    return "continued" if has_failed else "served"
 
 
 def _seen(result: ClientResult | None, expected: str) -> str:

@@ -18,6 +18,7 @@ from gateway.config import (
     Config,
     EngineClientSettings,
     EngineSettings,
+    PolicySettings,
     ServerSettings,
     TokenSettings,
     WatchSettings,
@@ -28,6 +29,7 @@ from loadtest import engine_types
 from loadtest.engine import Engine
 from loadtest.engine_faults import Faults
 from loadtest.fake_engine import FakeCluster, FakeSettings
+from loadtest.sglang_legs import Legs
 
 SPEED: Final = 20.0
 """Engine seconds per second: a decode step takes about a quarter of a millisecond."""
@@ -48,7 +50,12 @@ class FaultyEngine(Protocol):
     faults: Faults
     engine: Engine
 
+    @property
+    def legs(self) -> Legs: ...
+
     def refuse_connections(self) -> None: ...
+
+    def drop_connections(self) -> None: ...
 
     async def die(self) -> None: ...
 
@@ -76,25 +83,29 @@ class Pool:
     def busy(self, name: str) -> int:
         """Requests in an engine, held KV apart."""
         load = self.engines[name].engine.load()
-        return load.running_count + load.waiting_count + load.deferred_count
+        apart = self.engines[name].legs.waiting.count
+        return apart + load.running_count + load.waiting_count + load.deferred_count
 
 
 @asynccontextmanager
-async def emulated_vllm(connector: str, *, max_in_flight: int = 64) -> AsyncIterator[Pool]:
-    """Emulated vLLM engines with that connector, all up."""
+async def emulated(
+    connector: str, *, speaks: str = "vllm", first_event_s: float = FIRST_EVENT_S, max_in_flight: int = 64
+) -> AsyncIterator[Pool]:
+    """Emulated engines with that connector, all up. Every request is handed off: this is about hand-offs."""
     async with FakeCluster(speed=SPEED) as cluster:
         fakes = {}
         for name, role in NAMES:
             settings = engine_types.EngineSettings(
                 role=role, lease_s=HOLD_S * SPEED, lease_extension_s=HOLD_S * SPEED, heartbeat_s=SPEED / 4
             )
-            fakes[name] = await cluster.start(FakeSettings(engine=settings, connector=connector))
+            fakes[name] = await cluster.start(FakeSettings(engine=settings, connector=connector, speaks=speaks))
         config = Config(
             engines=tuple(
                 EngineSettings(
                     url=fake.url,
                     id=name,
                     role=fake.settings.engine.role,
+                    adapter=speaks,
                     connector=connector,
                     transfer_address=fake.url if connector == "mooncake" else None,
                     max_in_flight=max_in_flight,
@@ -107,11 +118,12 @@ async def emulated_vllm(connector: str, *, max_in_flight: int = 64) -> AsyncIter
             ),
             engine_client=EngineClientSettings(
                 connect_timeout_s=CONNECT_S,
-                first_event_timeout_s=FIRST_EVENT_S,
-                answer_timeout_s=2 * FIRST_EVENT_S,
+                first_event_timeout_s=first_event_s,
+                answer_timeout_s=2 * first_event_s,
                 idle_timeout_s=IDLE_S,
             ),
             admission=AdmissionSettings(lease_s=LEASE_S),
+            policy=PolicySettings(settings={"can_skip_hand_off": False}),
             tokens=TokenSettings(ask_engine=False),
         )
         async with running(resolve(config)) as gateway:
@@ -120,9 +132,10 @@ async def emulated_vllm(connector: str, *, max_in_flight: int = 64) -> AsyncIter
 
 POOLS: Final[Mapping[str, Callable[..., AbstractAsyncContextManager[Pool]]]] = MappingProxyType(
     {
-        "nixl pull": partial(emulated_vllm, "nixl"),
-        "nixl push": partial(emulated_vllm, "nixl_push"),
-        "mooncake": partial(emulated_vllm, "mooncake"),
-        "shared store": partial(emulated_vllm, "store"),
+        "nixl pull": partial(emulated, "nixl"),
+        "nixl push": partial(emulated, "nixl_push"),
+        "mooncake": partial(emulated, "mooncake"),
+        "shared store": partial(emulated, "store"),
+        "sglang": partial(emulated, "nixl", speaks="sglang"),
     }
 )

@@ -75,7 +75,7 @@ class _Routes:
 
     async def _misbehave(self, request: web.Request) -> None:
         faults = self._fake.faults
-        if faults.is_silent:
+        if faults.is_silent or (faults.is_silent_to_posts and request.method == "POST"):
             await self._hang()
         if faults.garbage is not None:
             assert request.transport is not None, "the client is still there"

@@ -180,6 +180,6 @@ def settings_of(role: Role, fleet: Fleet) -> EngineSettings:
         batch_limit=1 if is_prefill and is_whole else 256,
         max_model_tokens=max_model_tokens,
         kv_token_bytes=round(profile.kv_bytes_per_token),
-        has_kv_events=role is not Role.DECODE,
+        has_kv_events=True,
         max_run_steps=PROGRESS_TOKENS,
     )

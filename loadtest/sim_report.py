@@ -23,7 +23,8 @@ def figures(run: Run) -> dict[str, Any]:
 
     `fluid_bound_ratio` is what no policy could pass (loadtest/fluid.py). `wasted_prefill_tokens` were computed for
     requests that then missed a bound, were refused or failed. Spreads are in seconds over answered requests;
-    `prediction` compares the estimate at dispatch with what happened.
+    `ttft_of_shortest_s` is that of the quarter with the shortest prompts, `local_prefill_ratio` the share of requests
+    whose prompt a decode engine computed. `prediction` compares the estimate at dispatch with what happened.
     """
     slo = run.plan.slo
     report = summarise(outcomes(run), slo, duration_s=run.duration_s)
@@ -44,6 +45,8 @@ def figures(run: Run) -> dict[str, Any]:
         "wasted_prefill_s": sum(prefill_s(flight, run.plan.fleet.profile) for flight in missed),
         "ttft_s": spread(report.ttft_s),
         "tbt_s": spread(report.tbt_s),
+        "ttft_of_shortest_s": spread(ttft_of_shortest(run.flights)),
+        "local_prefill_ratio": sum(map(is_local, run.flights)) / max(1, len(run.flights)),
         "hit_ratio": hit_ratio(run.flights),
         "prefill_busy_ratio": run.prefill_busy_ratio,
         "decode_busy_ratio": run.decode_busy_ratio,
@@ -93,6 +96,17 @@ def attained(run: Run, slo: Slo) -> list[bool]:
 def spread(value: Spread) -> dict[str, float | None]:
     """Mean and quantiles, seconds."""
     return {name: getattr(value, name) for name in ("mean", "p50", "p90", "p99")}
+
+
+def is_local(flight: Flight) -> bool:
+    """Whether the request was sent to a decode engine alone."""
+    return flight.prefill is not None and flight.prefill is flight.decode and flight.prefill.role is Role.DECODE
+
+
+def ttft_of_shortest(flights: Sequence[Flight]) -> Spread:
+    """Over the quarter of requests with the shortest prompts, seconds."""
+    ranked = sorted(flights, key=lambda flight: flight.trace.prompt_tokens)
+    return Spread.of(outcome_of(flight).ttft_s for flight in ranked[: -(-len(ranked) // 4)])
 
 
 def hit_ratio(flights: Sequence[Flight]) -> float | None:

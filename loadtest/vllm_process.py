@@ -77,7 +77,10 @@ class VllmEngine(EngineProcess):
         command += ["--model", self._model.name, "--served-model-name", MODEL]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", str(MAX_MODEL_TOKENS)]
         command += ["--dtype", "float32", "--enforce-eager"]
-        command += ["--enable-prefix-caching", "--enable-prompt-tokens-details"]
+        command += ["--enable-prompt-tokens-details"]
+        # A prompt of k blocks and one token that is both in the prefix cache and in the folder counts as -1 blocks of
+        # external hits (example_connector.py:299 aligns len - 1, the cache len): metrics/loggers.py:1184 dies of it.
+        command += ["--enable-prefix-caching" if self.spec.store is None else "--no-enable-prefix-caching"]
         if self.spec.role in KV_ROLES:
             command += ["--kv-transfer-config", json.dumps(self._kv_transfer_config())]
         if self.spec.store is not None:

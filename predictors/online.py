@@ -206,9 +206,15 @@ class _Fleet:
         self._by_kind: dict[tuple[str, Role], Learner] = {}
 
     def of(self, engine: Engine) -> Learner:
-        """The engine's learner, else its latest sibling's, else one that knows nothing. Not for observing."""
+        """The engine's learner, else its latest sibling's, else one that knows nothing. Not for observing.
+
+        Of a stage that its own kind was not seen at, the other engines of the pool tell: the model is the same.
+        """
         own = self._by_engine.get(engine.id)
-        return own or self._by_kind.get((engine.pool, engine.role), self._fresh)
+        if own is not None:
+            return own
+        others = (self._by_kind.get((engine.pool, role)) for role in (engine.role, *Role))
+        return next((learner for learner in others if learner is not None), self._fresh)
 
     def count(self, engine: Engine) -> int:
         """Outcomes that the engine's own learner has seen."""

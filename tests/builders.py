@@ -122,6 +122,8 @@ def a_pair_table(
         join_s=np.zeros(rows),
         tbt_s=column("tbt_s", decodes, decode_row, 0.05),
         has_room=np.ones(rows, dtype=bool),
+        is_local=np.zeros(rows, dtype=bool),
+        stall_s=np.zeros(rows),
     )
 
 

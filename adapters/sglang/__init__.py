@@ -12,7 +12,7 @@ from adapters.sglang import bodies, engine, rooms
 from adapters.sglang.pair import Pair
 from adapters.sglang.single import Single
 from gateway.core.errors import ConfigError
-from gateway.core.types import Engine
+from gateway.core.types import Engine, Role
 
 TRANSFER_TIMEOUT_S = 300.0
 """SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT and _WAITING_TIMEOUT, by default. Source: sglang 0.5.23, environ.py."""
@@ -59,6 +59,10 @@ class Sglang:
     def connector_name(self, engine: Engine) -> str:
         """Two engines meet in a bootstrap room, whatever carries the KV between them."""
         return "bootstrap"
+
+    def can_prefill(self, engine: Engine) -> bool:
+        """False of a decode engine: it refuses a request without a bootstrap room, and with one waits for a prefill."""
+        return engine.role is not Role.DECODE
 
     def hold_s(self, engine: Engine) -> float:
         """Seconds for which a prefill engine keeps blocks that nobody fetches; an abort, which we send, frees them."""

@@ -44,6 +44,10 @@ class Vllm:
         """Our name of the engine's connector. Raises ConfigError that lists the known ones."""
         return connectors.name_of(engine.connector)
 
+    def can_prefill(self, engine: Engine) -> bool:
+        """True of a decode engine too, with all connectors but one. Raises ConfigError."""
+        return engine.role is not Role.DECODE or connectors.CONNECTORS[self.connector_name(engine)].can_decode_alone
+
     def hold_s(self, engine: Engine) -> float:
         """Seconds for which a prefill engine keeps blocks that nobody fetches; 0: it keeps none for one reader."""
         return connectors.CONNECTORS[self.connector_name(engine)].hold_s

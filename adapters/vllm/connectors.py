@@ -31,6 +31,8 @@ class Connector:
     """What the engine's `--kv-transfer-config` calls it."""
     metrics: tuple[str, ...] = ()
     """Prefixes of the metrics by which an engine shows that it was started with it."""
+    can_decode_alone: bool = True
+    """Whether a decode engine with it computes the prompt of a request that brings no transfer parameters."""
     has_bootstrap: bool = False
     """Whether prefill engines are asked who they are before anything can be handed on."""
 
@@ -52,13 +54,15 @@ _STORE_METRICS: Final = ("vllm:mooncake_store_", "vllm:kv_offload_", "vllm:hf3fs
 
 # Sources of `hold_s`, vllm 0.32.0: nixl/base_scheduler.py `kv_lease_duration`; mooncake/mooncake_connector.py
 # VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT; moriio/moriio_common.py VLLM_MORI_READ_ABORT_REQUEST_TIMEOUT.
+# Of `can_decode_alone`: `get_num_new_matched_tokens` of each; MoRIIO's in READ mode takes every request of a decode
+# engine for one whose KV is elsewhere.
 CONNECTORS: Final[Mapping[str, Connector]] = MappingProxyType(
     {
         "nixl": Connector(_nixl(None), 30.0, ("NixlConnector",), _NIXL_METRICS),
         "nixl_pull": Connector(_nixl("pull"), 30.0, ("NixlPullConnector",), _NIXL_METRICS),
         "nixl_push": Connector(_nixl("push"), 30.0, ("NixlPushConnector",), _NIXL_METRICS),
         "mooncake": Connector(open_mooncake, 480.0, ("MooncakeConnector",), has_bootstrap=True),
-        "moriio": Connector(_moriio, 3600.0, ("MoRIIOConnector",)),
+        "moriio": Connector(_moriio, 3600.0, ("MoRIIOConnector",), can_decode_alone=False),
         "multi": Connector(_nixl(None), 30.0, ("MultiConnector",), (*_NIXL_METRICS, *_STORE_METRICS)),
         "store": Connector(
             _store,

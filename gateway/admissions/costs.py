@@ -36,9 +36,10 @@ class Cost:
 def cost_of(arrival: Arrival, forecast: Forecast, objective: Objective) -> Cost:
     """The request's cost with the best prefix there is and the output length expected of it."""
     pairs, request = arrival.pairs, arrival.request
-    stages = len(np.unique(pairs.prefill_row))
+    is_staged = ~pairs.is_local if (~pairs.is_local).any() else np.ones(len(pairs), dtype=bool)
+    stages = len(np.unique(pairs.prefill_row[is_staged]))
     value = request.prompt_tokens if objective is Objective.TOKENS else 1.0
-    return Cost(float(pairs.prefill_s.min()) / stages, _decode_s(arrival, forecast), value)
+    return Cost(float(pairs.prefill_s[is_staged].min()) / stages, _decode_s(arrival, forecast), value)
 
 
 def _decode_s(arrival: Arrival, forecast: Forecast) -> float:

@@ -132,15 +132,20 @@ class SluiceGate:
         if good.any():
             queue_s = self._queue_s(arrival.cluster, now)
             others_s = _others_turns_s(arrival, queue_s, now)
+            free_in_s = np.maximum(0.0, arrival.pairs.wait_s - queue_s) + others_s
+            is_now = free_in_s <= SOON_S
             best = int(np.argmin(np.where(good, arrival.costs + others_s, inf)))
-            free_in_s = max(0.0, float(arrival.pairs.wait_s[best]) - queue_s) + float(others_s[best])
-            if free_in_s <= SOON_S:
+            if not is_now[best] and self._is_queue(request.id) and (good & is_now).any():
+                # The prediction knows of the prefill engines' own queues only; those who wait here go before it.
+                good &= is_now
+                best = int(np.argmin(np.where(good, arrival.costs, inf)))
+            if is_now[best]:
                 self._waiting.pop(request.id, None)
                 self._served_at[_length_class(request)] = now
                 return good & (others_s <= SOON_S)
             patience = odds.until_free(best)
             if arrival.cluster.turns.round_s:  # its turn is short, and no other gateway's wait ends with it
-                pause_s = min(PAUSE_S, free_in_s - SOON_S)
+                pause_s = min(PAUSE_S, float(free_in_s[best]) - SOON_S)
         else:
             patience = odds.until_open()
         known.pause_until_at = now + pause_s
@@ -168,6 +173,10 @@ class SluiceGate:
         elif not request.slo.has_bounds and now >= latest_at:
             return None
         return Patience(WaitReason.DECODE_FULL, latest_at, _slow(step_s, prefill.bound_s))
+
+    def _is_queue(self, request_id: str) -> bool:
+        """Whether anybody else waits."""
+        return len(self._waiting) > (request_id in self._waiting)
 
     def _hold_s(self) -> float:
         """The wait between the legs that most hand-offs stay within: kept free in the time to the first token."""
@@ -283,14 +292,15 @@ class _Odds:
         request, pairs = arrival.request, arrival.pairs
         self._request, self._pairs, self._forecast = request, pairs, forecast
         margin = _factor(arrival.margins, Role.PREFILL, request, settings.quantile)
-        self._own_s = margin * (pairs.ttft_s - pairs.wait_s) + hold_s
+        self._own_s = margin * (pairs.ttft_s - pairs.wait_s) + np.where(pairs.is_local, 0.0, hold_s)
         self._ttft_s = now - request.arrived_at + pairs.wait_s + self._own_s
         self._step_s = _factor(arrival.margins, Role.DECODE, request, settings.tbt_quantile) * pairs.tbt_s
         self._ttft_bound_s = _first_bound_s(arrival, pairs)
         own_bound_s = inf if request.slo.step_s is None else request.slo.step_s
         self._step_bound_s = np.minimum(forecast.tightest_s, own_bound_s)[pairs.decode_row]
         self.in_time: NDArray[np.bool_] = self._ttft_s <= self._ttft_bound_s
-        self.is_open: NDArray[np.bool_] = (self._step_s <= self._step_bound_s) & pairs.has_room
+        joined_s = self._step_s + np.where(pairs.is_local, 0.0, pairs.stall_s)
+        self.is_open: NDArray[np.bool_] = (joined_s <= self._step_bound_s) & pairs.has_room
 
     def hopeless(self) -> Refusal | None:
         """A refusal when no wait would help: late already, or too slow even alone on its engine."""

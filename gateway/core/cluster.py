@@ -40,6 +40,9 @@ class Reservation:
     batch: int = 0
     """Requests in the fullest batch that it met, itself included; before its decode, those sent to its engine."""
     batch_kv_tokens: int = 0
+    stall_s: float = 0.0
+    longest_stall_s: float = 0.0
+    """When it has ended: what prefills on its decode engine were predicted to add to its steps, and to one at most."""
     handed_at: float | None = None
     """When its decode was sent on; until then it may still decode elsewhere."""
     ttft_factor: float | None = None
@@ -223,6 +226,8 @@ class Cluster:
             decode.kv_tokens += request.prompt_tokens
             decode.own_peak_count = max(decode.own_peak_count, decode.own_count)
             reservation.batch, reservation.batch_kv_tokens = len(decode.decoding), decode.kv_tokens
+            if estimate.prefill == estimate.decode and estimate.stall_s > 0.0:
+                self.rows.stall(decode.number, estimate.prefill_s, estimate.stall_s)
             self._add_row(reservation, decode, now)
 
     def prefill_done(self, request_id: str, now: float) -> Reservation | None:
@@ -307,6 +312,8 @@ class Cluster:
             peak_batch = int(self.rows.peak_batch[reservation.row])
             if peak_batch:
                 reservation.batch, reservation.batch_kv_tokens = peak_batch, int(self.rows.peak_tokens[reservation.row])
+            reservation.stall_s = float(self.rows.stall_s[reservation.row])
+            reservation.longest_stall_s = float(self.rows.longest_stall_s[reservation.row])
             self.rows.remove(reservation)
         return reservation
 

@@ -42,6 +42,9 @@ class DecodeRows:
         self.peak_batch = np.zeros(FIRST_ROWS)
         self.peak_tokens = np.zeros(FIRST_ROWS)
         """The fullest batch that it met, by KV tokens."""
+        self.stall_s = np.zeros(FIRST_ROWS)
+        self.longest_stall_s = np.zeros(FIRST_ROWS)
+        """What prefills on its engine were predicted to add to its steps, together and to one of them at most."""
         self.is_here = np.zeros(FIRST_ROWS, dtype=bool)
         """Whether its decode was sent to the engine."""
 
@@ -61,6 +64,7 @@ class DecodeRows:
         self.prompt_tokens[row], self.begins_at[row], self.bound_s[row] = prompt_tokens, begins_at, bound_s
         self.done_tokens[row], self.told_at[row], self.is_here[row] = 0.0, np.inf, False
         self.peak_batch[row] = self.peak_tokens[row] = 0.0
+        self.stall_s[row] = self.longest_stall_s[row] = 0.0
 
     def remove(self, owner: Row) -> None:
         """Takes a row out; the last one moves into its place."""
@@ -80,6 +84,13 @@ class DecodeRows:
         tokens = float(self.prompt_tokens[here].sum() + self.done_tokens[here].sum())
         fuller = here[self.peak_tokens[here] < tokens]
         self.peak_tokens[fuller], self.peak_batch[fuller] = tokens, len(here)
+
+    def stall(self, engine: int, prefill_s: float, step_s: float) -> None:
+        """A prefill of that many seconds is mixed into the steps of all that are there, one by `step_s` at most."""
+        count = len(self)
+        here = np.flatnonzero(self.is_here[:count] & (self.engine[:count] == engine))
+        self.stall_s[here] += prefill_s
+        self.longest_stall_s[here] = np.maximum(self.longest_stall_s[here], step_s)
 
     def tell(self, row: int, output_tokens: int, now: float) -> None:
         """The request has that many output tokens now."""
@@ -157,6 +168,8 @@ class DecodeRows:
             self.bound_s,
             self.peak_batch,
             self.peak_tokens,
+            self.stall_s,
+            self.longest_stall_s,
             self.is_here,
         )
 
@@ -171,6 +184,8 @@ class DecodeRows:
             "bound_s",
             "peak_batch",
             "peak_tokens",
+            "stall_s",
+            "longest_stall_s",
             "is_here",
         ):
             column = getattr(self, name)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.core.interfaces import EngineLoad, Estimator, PairTable
-from gateway.core.types import Request
+from gateway.core.types import Request, Role
 
 
 def best_holders(prefills: Sequence[EngineLoad], cached: NDArray[np.int64]) -> NDArray[np.intp]:
@@ -21,7 +21,11 @@ def best_holders(prefills: Sequence[EngineLoad], cached: NDArray[np.int64]) -> N
 
     Indices into `prefills`, shape (prefills,), as is `cached`. Only engines that can share prefixes give or take.
     """
-    sharing = [row for row, load in enumerate(prefills) if load.engine.can_share_prefixes]
+    sharing = [
+        row
+        for row, load in enumerate(prefills)
+        if load.engine.can_share_prefixes and load.engine.role is not Role.DECODE
+    ]
     best: dict[str, int] = {}
     for row in sharing:
         pool = prefills[row].engine.pool
@@ -70,4 +74,6 @@ def with_fetches(request: Request, pairs: PairTable, estimator: Estimator, cache
         join_s=pairs.join_s[source],
         tbt_s=pairs.tbt_s[source],
         has_room=pairs.has_room[source],
+        is_local=pairs.is_local[source],
+        stall_s=pairs.stall_s[source],
     )

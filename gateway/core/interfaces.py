@@ -73,6 +73,11 @@ class PairTable:
     tbt_s: NDArray[np.float64]
     has_room: NDArray[np.bool_]
     """Whether the decode engine will have memory for it when its prefill ends."""
+    is_local: NDArray[np.bool_]
+    """Whether a decode engine computes the prompt itself, mixed into the steps of its batch."""
+    stall_s: NDArray[np.float64]
+    """What prefills on the decode engine add to a step there. Of a local pair everybody in the batch has such a step;
+    of a hand-off, this request alone, should a prefill go on there when it joins."""
 
     @property
     def ttft_s(self) -> NDArray[np.float64]:
@@ -104,6 +109,14 @@ class Policy(Protocol):
     """Settings of a policy: which feasible pair."""
 
     def start(self, rng: random.Random) -> Chooser: ...
+
+
+@runtime_checkable
+class WeighsHandOff(Protocol):
+    """A policy that weighs a hand-off against a prefill on the decode engine; others are not offered the latter."""
+
+    @property
+    def can_skip_hand_off(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)

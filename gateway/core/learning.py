@@ -40,14 +40,19 @@ class Learning:
         state = cluster.engines.get(estimate.prefill)
         if state is None:
             return
+        # What is seen of a prefill in a decode engine's batch holds that batch's steps too.
+        own = (
+            estimate.prefill_s / (estimate.prefill_s + estimate.join_s) if estimate.prefill == estimate.decode else 1.0
+        )
+        busy_s = reservation.prefill_busy_s
         self._estimator.observe_prefill(
             PrefillOutcome(
                 engine=state.engine,
                 prompt_tokens=reservation.request.prompt_tokens,
                 cached_tokens=estimate.cached_tokens,
                 queued_ahead_s=estimate.wait_s,
-                elapsed_s=now - reservation.sent_at,
-                busy_s=reservation.prefill_busy_s,
+                elapsed_s=own * (now - reservation.sent_at),
+                busy_s=None if busy_s is None else own * busy_s,
                 predicted_s=estimate.wait_s + estimate.prefill_s,
             )
         )
@@ -93,6 +98,7 @@ class Learning:
         if state is None or event.tbt_s is None:
             return
         batch, kv_tokens = reservation.batch, reservation.batch_kv_tokens
+        stall_s = slow_stall_s(reservation, event)
         if self.margins is not None:
             # Against the step of the fullest batch that it met: how full that gets is the gate's choice, no error.
             believed_s = self._estimator.decode_step_s(state.engine, batch=batch, kv_tokens=kv_tokens)
@@ -101,7 +107,7 @@ class Learning:
                 Role.DECODE,
                 request.prompt_tokens,
                 predicted_s=believed_s,
-                actual_s=event.tbt_s,
+                actual_s=event.tbt_s - stall_s,
                 promised_s=promised_s,
             )
         self._estimator.observe_decode(
@@ -110,11 +116,21 @@ class Learning:
                 batch=batch,
                 kv_tokens=kv_tokens,
                 output_tokens=event.output_tokens or reservation.output_tokens,
-                tbt_s=event.tbt_s,
+                tbt_s=event.tbt_s - stall_s,
                 predicted_tbt_s=reservation.estimate.tbt_s,
             )
         )
         self._lines.forget()
+
+
+def slow_stall_s(reservation: Reservation, event: Finished) -> float:
+    """What prefills on its decode engine were predicted to add to the mean of its slowest tenth of gaps, seconds >= 0.
+
+    At most half of what it was: a prediction that is too long must not leave a step that takes nothing.
+    """
+    gaps = max(1, (event.output_tokens or reservation.output_tokens) - 1)
+    stall_s = min(reservation.longest_stall_s, reservation.stall_s / -(-gaps // 10))
+    return min(stall_s, 0.5 * (event.tbt_s or 0.0))
 
 
 def _promised_s(predicted_s: float, factor: float | None) -> float | None:

@@ -17,7 +17,7 @@ import numpy as np
 from gateway.core.admission import AdmissionLimits, AdmitAll, refuse_unservable
 from gateway.core.candidates import Candidates, best_of
 from gateway.core.cluster import Cluster, EngineState, Reservation
-from gateway.core.estimate import estimate_at, estimate_pairs, may_decode
+from gateway.core.estimate import breaks_promise, estimate_at, estimate_pairs, kept_rows, may_decode
 from gateway.core.events import (
     AttemptFailed,
     BlocksCleared,
@@ -55,6 +55,7 @@ from gateway.core.interfaces import (
     Predictor,
     PrefillEnd,
     Refusal,
+    WeighsHandOff,
 )
 from gateway.core.learning import Learning
 from gateway.core.leases import Leases
@@ -76,6 +77,8 @@ from gateway.core.types import (
 from gateway.core.waiting import Ended, Group, WaitingQueue, group_of, latest_start_at
 
 RUNNERS_UP = 3
+STALL_QUANTILE = 0.99
+"""Of the step into which a prefill is mixed: one that is too long is too long for everybody in the batch."""
 
 
 class Scheduler:
@@ -109,6 +112,7 @@ class Scheduler:
         self.candidates: dict[str, Candidates] = {}
         """By request id, what the last `decide` or `wake` chose from: for the shell to explain it."""
         self._chooser = policy.start(rng)
+        self._offers_local = isinstance(policy, WeighsHandOff) and policy.can_skip_hand_off
         self._estimator = predictor.start()
         self._gate = (admission or AdmitAll()).start()
         self._line_up: LineUp | None = self._gate if isinstance(self._gate, LineUp) else None
@@ -328,7 +332,20 @@ class Scheduler:
         cached_tokens = self.prefixes.cached_tokens(request, [load.engine for load in loads])
         decodes = [load for load in loads if load.engine.role is not Role.PREFILL]
         forecast = Forecast(self.cluster, decodes, self._lines, self._learning.law, now=now)
-        return estimate_pairs(request, loads, self._estimator, cached_tokens, forecast), forecast
+        pairs = estimate_pairs(
+            request, loads, self._estimator, cached_tokens, forecast, offers_local=self._offers_local
+        )
+        if self._offers_local:
+            margins, tokens = self._learning.margins, request.prompt_tokens
+            broken = breaks_promise(
+                request,
+                pairs,
+                forecast,
+                prefill_margin=1.0 if margins is None else margins.factor(Role.PREFILL, tokens, STALL_QUANTILE),
+                decode_margin=1.0 if margins is None else margins.factor(Role.DECODE, tokens, STALL_QUANTILE),
+            )
+            pairs = kept_rows(pairs, ~broken)
+        return pairs, forecast
 
     # ---- between the legs -------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class Engine:
     pool: str = "default"
     """Engines hand off only to engines of the same pool (same model, version and connector)."""
     can_serve_alone: bool = True
-    """Whether a plain request works on it (a vLLM decode engine can prefill; an SGLang decode engine cannot)."""
+    """Whether a plain request works on it (most vLLM decode engines can prefill; an SGLang decode engine cannot)."""
     transfer_address: str | None = None
     """Where decode engines ask for it before a hand-off (a URL); None: its connector's default, or not needed."""
     transfer_ids: tuple[str, ...] = ()
@@ -168,6 +168,8 @@ class Estimate:
     """The engine from which the prefill engine first pulls the prefix it lacks; None: it pulls nothing."""
     fetched_tokens: int = 0
     """Of `cached_tokens`, those to be fetched."""
+    stall_s: float = 0.0
+    """What prefills on the decode engine add to a step there: to one of everybody's when this prefill is there too."""
 
     @property
     def ttft_s(self) -> float:

@@ -20,6 +20,10 @@ class Sluice:
     """What a second of prefill counts beside a second until the first token: a prefix is used where it lies unless the
     wait for it is ten times the saving."""
     step_weight: float = 1.0
+    """What a second of the decode step counts, the prefill that is mixed into it included."""
+    can_skip_hand_off: bool = True
+    """Whether a decode engine may compute the prompt itself where that is predicted to be better and no bound of
+    anybody there is broken by it. Only vLLM's decode engines can."""
 
     def __post_init__(self) -> None:
         if not (0.0 <= self.work_weight < float("inf") and 0.0 <= self.step_weight < float("inf")):
@@ -30,7 +34,8 @@ class Sluice:
 
     def costs(self, request: Request, pairs: PairTable, *, now: float) -> NDArray[np.float64]:
         """Predicted seconds, shape (pairs,)."""
-        return pairs.ttft_s + self.work_weight * pairs.prefill_s + self.step_weight * pairs.tbt_s
+        step_s = pairs.tbt_s + pairs.stall_s
+        return pairs.ttft_s + self.work_weight * pairs.prefill_s + self.step_weight * step_s
 
     def dispatched(self, request: Request, dispatch: Dispatch, *, now: float) -> None:
         """Nothing to remember: the ledger holds what was sent."""

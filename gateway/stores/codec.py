@@ -67,6 +67,7 @@ class Sent(Struct, array_like=True, frozen=True, tag=1):
     """0: nothing is known of its blocks."""
     first_block: Count = 0
     hashes: Hashes = b""
+    stall_us: Whole = 0
 
 
 class Prefilled(Struct, array_like=True, frozen=True, tag=2):

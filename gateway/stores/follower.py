@@ -207,6 +207,7 @@ def _peer_sent(message: Message, sent: Sent) -> PeerSent:
         cached_tokens=min(sent.cached_tokens, sent.prompt_tokens),
         fetch_from=sent.fetch_from,
         fetched_tokens=min(sent.fetched_tokens, sent.cached_tokens),
+        stall_s=sent.stall_us / 1e6,
     )
     age_s = (sent.age_us + message.age_us) / 1e6
     return PeerSent(

@@ -161,6 +161,7 @@ class Outbox:
             max_output_tokens=request.max_output_tokens,
             fetch_from=estimate.fetch_from,
             fetched_tokens=estimate.fetched_tokens,
+            stall_us=_us(estimate.stall_s),
             model=request.model[:512],
             tenant=request.tenant[:512],
             priority=request.priority,

@@ -33,6 +33,8 @@ SPECS = [
     EngineSpec("d1", Role.DECODE, kv_load_failure_policy="recompute"),
 ]
 GATEWAY_READY_S = 20.0
+HANDS_OFF = "[policy.settings]\ncan_skip_hand_off = false\n"
+"""Every request that can be is handed off: these prompts are too short to be worth it otherwise."""
 POLL_S = 0.02
 
 
@@ -113,10 +115,11 @@ async def serving_gateway(
     Its engines are those of the configuration file where one is given, else the whole fleet by flags.
     """
     (port,) = free_ports(1)
-    command = [sys.executable, "-m", "gateway", "serve", "--port", str(port)]
-    if config_path is not None:
-        command += ["--config", str(config_path)]
-    elif fleet is not None:
+    config = config_path or log_path.with_suffix(".toml")
+    if config_path is None:
+        config.write_text(HANDS_OFF)
+    command = [sys.executable, "-m", "gateway", "serve", "--port", str(port), "--config", str(config)]
+    if config_path is None and fleet is not None:
         command += [word for url in fleet.urls(Role.PREFILL) for word in ("--prefill", url)]
         command += [word for url in fleet.urls(Role.DECODE) for word in ("--decode", url)]
     with log_path.open("ab") as log:

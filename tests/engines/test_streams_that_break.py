@@ -81,6 +81,10 @@ async def test_a_decode_engine_killed_in_the_middle_of_its_streams_costs_no_clie
         assert all(len(ids) == 1 for _, _, ids in results)
         assert len(victims) == 1
         broken += sum(engine in victims for engine in served)
+        print(
+            f"KILL vllm | trial {trial + 1} of {TRIALS} | {broken} broken streams so far | the undisturbed text",
+            flush=True,
+        )
     print(f"{TRIALS} of {TRIALS} kills, {broken} broken streams, each with the undisturbed text")
     assert broken >= TRIALS
 

@@ -18,6 +18,7 @@ from gateway.config import (
     EngineSettings,
     IndexSettings,
     LogSettings,
+    PolicySettings,
     ServerSettings,
     TokenSettings,
     WatchSettings,
@@ -45,6 +46,10 @@ QUICK_WATCH = WatchSettings(
 def words(count: int, seed: int = 0) -> str:
     """So many random words, about a token each."""
     return " ".join(random.Random(seed).choices(("oak", "elm", "ash", "fir", "yew"), k=count))
+
+
+HANDS_OFF = PolicySettings(settings={"can_skip_hand_off": False})
+"""Every request that can be is handed off: what most tests are about, and too short to be worth it."""
 
 
 @dataclass
@@ -186,6 +191,7 @@ class Start:
             "index": IndexSettings(max_blocks=1000),
             "log": LogSettings(),
             "tokens": TokenSettings(ask_engine=False),
+            "policy": HANDS_OFF,
         }
         gateway, stop = await self._gateway(resolve(Config(**(fields | settings))))
         client = await self.stack.enter_async_context(LoadClient(gateway.url))

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gateway.admissions.sluice import Sluice as SluiceRule
 from gateway.admissions.stage import Stage
 from gateway.core.admission import AdmitAll
 from gateway.core.errors import ConfigError
 from gateway.core.types import Slo
 from gateway.policies.least_work import LeastWork
 from gateway.policies.prediction.mooncake_global import MooncakeGlobal
+from gateway.policies.sluice import Sluice
 from loadtest.fault_plan import Fault, FaultKind
 from loadtest.report import Status
 from loadtest.sim_engines import Fleet
@@ -223,3 +225,26 @@ def test_gateways_that_see_one_another_late_crowd_the_same_engines() -> None:
 
     assert worst_s(0.001) == pytest.approx(1.0, rel=1e-3)
     assert worst_s(1e3) == pytest.approx(1.99, rel=1e-3)
+
+
+# ---- prefills on decode engines ----------------------------------------------------------------------------------------
+
+BUSY = replace(SECOND, prefill_base_s=0.001, prefill_s_per_token=1e-4, decode_base_s=0.01, link_base_s=0.02)
+"""A prompt of 20,000 tokens takes 2 s, one of 50 takes 6 ms."""
+
+
+def test_short_prompts_do_not_wait_for_long_ones_and_nobodys_tokens_come_late() -> None:
+    workload = [TraceRequest(2.0 * n, 20_000, 50) for n in range(20)]
+    workload += [TraceRequest(0.3 + 0.9 * n, 50, 20) for n in range(40)]
+    workload.sort(key=lambda request: request.arrival_s)
+    slo = Slo(ttft_s=4.0, tbt_s=0.025)
+    runs = [
+        a_run(workload, BUSY, policy=Sluice(can_skip_hand_off=is_on), slo=slo, decode=2, admission=SluiceRule())
+        for is_on in (False, True)
+    ]
+    off, on = (figures(run) for run in runs)
+    assert off["local_prefill_ratio"] == 0.0
+    assert on["local_prefill_ratio"] > 0.3
+    assert on["attained_ratio"] >= off["attained_ratio"]
+    assert on["ttft_of_shortest_s"]["p50"] < 0.1 * off["ttft_of_shortest_s"]["p50"]
+    assert on["tbt_s"]["p99"] <= slo.tbt_s
