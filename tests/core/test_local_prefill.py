@@ -44,7 +44,7 @@ def a_scheduler(*engines: Engine, policy: Policy | None = None, admission: Admis
     scheduler = Scheduler(
         policy=policy or Sluice(),
         predictor=Analytic(TIMES),
-        admission=admission or SluiceRule(),
+        admission=admission or SluiceRule(engine_queue_s=0.0),
         limits=AdmissionLimits(),
         rng=random.Random(0),
         max_blocks=4096,

@@ -227,7 +227,7 @@ def test_gateways_that_see_one_another_late_crowd_the_same_engines() -> None:
     assert worst_s(1e3) == pytest.approx(1.99, rel=1e-3)
 
 
-# ---- prefills on decode engines ----------------------------------------------------------------------------------------
+# ---- prefills on decode engines ----------------------------------------------------------------------------------
 
 BUSY = replace(SECOND, prefill_base_s=0.001, prefill_s_per_token=1e-4, decode_base_s=0.01, link_base_s=0.02)
 """A prompt of 20,000 tokens takes 2 s, one of 50 takes 6 ms."""
