@@ -1,5 +1,9 @@
 """Real engines that hand KV on over a folder (ExampleConnector), behind the gateway.
 
+A prompt of a single token ends an engine that has this connector, whoever sends it: the connector aligns the length
+twice (vllm 0.32.0, example_connector.py:297 and :455), so that it promises -128 tokens, and the worker reads outside
+of the prompt. So these prompts have two tokens at least.
+
 The file's name puts it before the others: its two engines are gone when their four are started.
 """
 
@@ -14,7 +18,7 @@ import pytest_asyncio
 
 from gateway.core.types import Role
 from loadtest.vllm_process import BLOCK_TOKENS, EngineSpec, VllmFleet
-from tests.engines.conftest import PROMPTS, serving_gateway
+from tests.engines.conftest import HANDS_OFF, PROMPTS, serving_gateway
 from tests.engines.metrics import read_metrics
 from tests.engines.prompts import Answer, wrong_answers
 from tests.engines.test_gateway import ask_all
@@ -47,15 +51,17 @@ async def store_fleet(
         yield fleet
 
 
-async def test_forty_answers_over_a_shared_folder_equal_those_of_a_single_engine(
+async def test_answers_over_a_shared_folder_equal_those_of_a_single_engine(
     store_fleet: VllmFleet, session: aiohttp.ClientSession, reference_answers: References, tmp_path: Path
 ) -> None:
     prefill, decode = store_fleet["sp"], store_fleet["sd"]
     config = tmp_path / "sluice.toml"
-    config.write_text(CONFIG.format(prefill=prefill.url, decode=decode.url))
+    config.write_text(HANDS_OFF + CONFIG.format(prefill=prefill.url, decode=decode.url))
     async with serving_gateway(store_fleet, tmp_path / "gateway.log", config) as gateway:
-        answers = await ask_all(session, gateway, PROMPTS, ANSWERS_AT_ONCE)
-    references = reference_answers["forty"]
+        asked = [prompt for prompt in PROMPTS if reference_answers["forty"][prompt.name].prompt_tokens > 1]
+        answers = await ask_all(session, gateway, asked, ANSWERS_AT_ONCE)
+    references = {prompt.name: reference_answers["forty"][prompt.name] for prompt in asked}
+    assert len(references) >= 38
     assert wrong_answers(answers, references) == []
     assert answers.keys() == references.keys()
     pairs = {(each.headers["x-sluice-prefill"], each.headers["x-sluice-decode"]) for each in answers.values()}
