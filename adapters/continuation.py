@@ -46,6 +46,7 @@ _NOT_CONTINUED: Final = (
 )
 
 _IDS: Final = re.compile(rb'(token_ids":)\[[0-9, ]*\]')
+_IDS_BEGIN: Final = b'token_ids":['
 
 
 def can_continue(payload: Payload) -> bool:
@@ -67,7 +68,7 @@ def asking_for_ids(payload: Payload) -> Payload:
 def hide_token_ids(events: bytes) -> bytes:
     """The events as they are for a request that did not ask for token ids. Within a string JSON escapes every quote, so
     nothing of a text can look like the field."""
-    return _IDS.sub(rb"\1null", events)
+    return _IDS.sub(rb"\1null", events) if _IDS_BEGIN in events else events
 
 
 class _Delta(Struct):

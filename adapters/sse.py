@@ -20,6 +20,7 @@ MAX_EVENT_BYTES: Final = 4 << 20
 _DONE: Final = b"[DONE]"
 _ERROR: Final = b'{"error"'
 _SPECIAL: Final = (b"data: " + _DONE, b"data: " + _ERROR, b"data:" + _DONE, b"data:" + _ERROR)
+_PLAIN: Final = b'data: {"id"'
 _NEXT: Final = b"\n\ndata:"
 
 
@@ -89,7 +90,8 @@ def _plain_events(chunk: bytes) -> int:
     if not (chunk.startswith(b"data:") and chunk.endswith(b"\n\n")) or b"\r" in chunk:
         return 0
     if chunk.find(b"\n") == len(chunk) - 2:
-        return 0 if chunk.startswith(_SPECIAL) else 1
+        # An event of a generation begins so; any other is held against the special ones.
+        return 1 if chunk.startswith(_PLAIN) else 0 if chunk.startswith(_SPECIAL) else 1
     count = chunk.count(_NEXT) + 1
     is_plain = chunk.count(b"\n") == 2 * count and _DONE not in chunk and _ERROR not in chunk
     return count if is_plain else 0

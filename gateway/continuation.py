@@ -84,7 +84,12 @@ class Continuation:
     def take(self, events: bytes) -> bytes:
         """Keeps whole events of the engine; returns what the client is to see of them."""
         if not self._is_full:
-            self._keep(events)
+            size = len(events)
+            self._size += size
+            self._raw.append(events)
+            if self._size > self._max_bytes or not self._memory.take(size):
+                self._size -= size
+                self.close()
         if self._rewriting is not None:
             return self._rewritten(events, self._rewriting)
         return events if self._shows_ids else hide_token_ids(events)
@@ -109,13 +114,6 @@ class Continuation:
         """Gives the memory back."""
         self._forget()
         self._is_full = True
-
-    def _keep(self, events: bytes) -> None:
-        if self._size + len(events) > self._max_bytes or not self._memory.take(len(events)):
-            self.close()
-            return
-        self._raw.append(events)
-        self._size += len(events)
 
     def _forget(self) -> None:
         self._memory.give_back(self._size)

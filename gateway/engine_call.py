@@ -124,6 +124,8 @@ class EngineCall:
         """Commits: held-back bytes go to `sink` now, everything after goes there as it arrives."""
         self._stop_timer()
         self._relay = sink
+        if self._connection is not None and not self._is_ended:
+            self._connection.pipe(sink.data, sink.flush)
         if held := self.take_held():
             sink.data(held)
             sink.flush()

@@ -8,6 +8,7 @@ the explain headers.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -403,8 +404,9 @@ class Handlers:
 
 
 def log_record(record: RequestRecord) -> None:
-    """An observer of records: the request's one line in the log."""
-    log.info("request", **log_line(record))
+    """An observer of records: the request's one line in the log. Nothing is made up for a level that is not logged."""
+    if log.is_enabled_for(logging.INFO):
+        log.info("request", **log_line(record))
 
 
 def whole_outcome(status: int) -> tuple[Outcome, str]:

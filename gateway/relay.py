@@ -158,15 +158,17 @@ class StreamRelay:
         self._pieces.append(data)
 
     def flush(self) -> None:
-        if not self._pieces:
+        pieces = self._pieces
+        if not pieces:
             return
-        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
         whole = self._take_whole(data)
-        if not whole or self._transport.is_closing():
+        transport = self._transport
+        if not whole or transport.is_closing():
             return
         self._sent_bytes += len(whole)
-        self._transport.write(b"%x\r\n%b\r\n" % (len(whole), whole) if self._is_chunked else whole)
+        transport.write(b"%x\r\n%b\r\n" % (len(whole), whole) if self._is_chunked else whole)
         if self._request.protocol.writing_paused:
             self._call.pause()
             self._totals.stall_count += 1
@@ -186,16 +188,17 @@ class StreamRelay:
 
     def _take_whole(self, data: bytes) -> bytes:
         """The whole events in `data` and what was left before it; the rest is kept. Counts and times the events."""
-        self._heard_at = self._loop.time()
-        if self._tail:
-            data, self._tail = self._tail + data, b""
-        if not data.endswith(b"\n\n"):
+        self._heard_at = heard_at = self._loop.time()
+        if self._tail or not data.endswith(b"\n\n"):
+            data = self._tail + data
             cut = last_boundary(data)
             data, self._tail = data[:cut], data[cut:]
         try:
             if len(self._tail) > MAX_EVENT_BYTES:
                 raise MalformedEngineData(f"the engine sent an event of more than {MAX_EVENT_BYTES} bytes")
-            if self._continuation is not None and data:
+            if not data:
+                return data
+            if self._continuation is not None:
                 data = self._continuation.take(data)
             events = self._counter.feed(data) if data else 0
         except MalformedEngineData as error:
@@ -203,22 +206,19 @@ class StreamRelay:
             self._fail(error.message)
             return b""
         if events:
-            self._take_time(events)
+            if self._events:
+                self._gaps.add(heard_at - self._event_at, events)
+            self._event_at = heard_at
+            self._events += events
+            if self._events - self._reported_events >= PROGRESS_EVENTS:
+                self._reported_events = self._events
+                self._on_progress(self._events)
         if self._counter.is_error and self._continuation is not None:
             self._call.close()
             self._failure = "the engine reported an error"  # its [DONE] may be here already, and is no end
             self._wake(Turn.ENDED)
             return before_error(data)
         return data
-
-    def _take_time(self, events: int) -> None:
-        if self._events:
-            self._gaps.add(self._heard_at - self._event_at, events)
-        self._event_at = self._heard_at
-        self._events += events
-        if self._events - self._reported_events >= PROGRESS_EVENTS:
-            self._reported_events = self._events
-            self._on_progress(self._events)
 
     def _check_idle(self) -> None:
         """Runs about once per limit, not per chunk: looks how long ago the last bytes came."""

@@ -78,6 +78,8 @@ class HashTable:
     def find(self, keys: Words) -> Slots:
         """The slot of each key, -1 where absent; shape of `keys`: (keys,). Key 0 is the same as key 1."""
         keys = _usable(keys)
+        if len(keys) <= _SLICE_KEYS:
+            return self._find_slice(keys)
         slots = np.empty(len(keys), np.int64)
         for first in range(0, len(keys), _SLICE_KEYS):
             part = slice(first, first + _SLICE_KEYS)
@@ -90,12 +92,15 @@ class HashTable:
         The caller makes sure that `len(table)` plus the new keys stays within the capacity.
         """
         slots = self.find(keys)
-        absent = np.flatnonzero(slots == _ABSENT)
+        absent = (slots == _ABSENT).nonzero()[0]
         if len(absent):
-            new_keys = _usable(keys[absent])
-            new_slots = self._claim(new_keys)
-            slots[absent] = new_slots
-            self._count_new(new_slots)
+            slots[absent] = self.add(keys[absent])
+        return slots
+
+    def add(self, keys: Words) -> Slots:
+        """`insert` for keys of which none is in the table: they are not looked up first."""
+        slots = self._claim(_usable(keys))
+        self._count_new(slots)
         return slots
 
     def free(self, slots: Slots) -> None:
@@ -143,7 +148,7 @@ class HashTable:
         """`find` for at most _SLICE_KEYS usable keys."""
         bucket = self._home(keys)
         slots = self._look(keys, bucket)
-        rest = np.flatnonzero(slots == _ABSENT)
+        rest = (slots == _ABSENT).nonzero()[0]
         while len(rest := rest[self._passed.take(bucket[rest]) > 0]):
             keys_left = keys[rest]
             bucket[rest] = strode = self._next(keys_left, bucket[rest])
@@ -167,19 +172,27 @@ class HashTable:
         """Writes absent keys into free lanes from their home buckets on; their slots. Equal keys share a slot."""
         slots = np.full(len(keys), _ABSENT, np.int64)
         pending = np.arange(len(keys))
-        bucket = self._home(keys)
+        bucket, wanted = self._home(keys), keys
         while len(pending):
             lanes = self._rows.take(bucket * 2, axis=0)
-            usable = (lanes == 0) | (lanes == keys[pending][:, None])
+            usable = (lanes == 0) | (lanes == wanted[:, None])
             lane = usable.argmax(axis=1)
-            is_full = ~usable[np.arange(len(pending)), lane]
+            writes = usable.any(axis=1)
             claimed = bucket * _LINE_WORDS + lane
-            writers = ~is_full
-            self._words[claimed[writers]] = keys[pending[writers]]
-            won = writers & (self._words.take(claimed) == keys[pending])
+            if writes.all():
+                self._words[claimed] = wanted
+                won = self._words.take(claimed) == wanted
+                if won.all():
+                    slots[pending] = claimed
+                    break
+                moved = bucket
+            else:
+                self._words[claimed[writes]] = wanted[writes]
+                won = writes & (self._words.take(claimed) == wanted)
+                moved = np.where(writes, bucket, self._next(wanted, bucket))
             slots[pending[won]] = claimed[won]
-            moved = np.where(is_full, self._next(keys[pending], bucket), bucket)
-            pending, bucket = pending[~won], moved[~won]
+            lost = ~won
+            pending, bucket, wanted = pending[lost], moved[lost], wanted[lost]
         return slots
 
     def _count_new(self, slots: Slots) -> None:

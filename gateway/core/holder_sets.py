@@ -89,6 +89,12 @@ class HolderSets:
             self._steps[step] = int(self._step(ids, row, tier, held)[0])
         return np.array([self._steps[step]])
 
+    def holds(self, set_id: int, row: int, tier: int) -> bool:
+        """Whether that engine is in the set, on that tier."""
+        plane = self._planes[tier]
+        word, bit = divmod(row, _BITS)
+        return plane is not None and bool(int(plane[set_id, word]) >> bit & 1)
+
     def move(self, old_ids: SetIds, new_ids: SetIds, block_counts: NDArray[np.int64]) -> None:
         """Accounts for blocks that changed sets; `old_ids` are distinct. Sets without blocks are forgotten."""
         np.add.at(self._block_counts, new_ids, block_counts)

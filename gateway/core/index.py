@@ -252,7 +252,20 @@ class PrefixIndex:
             # Making room may drop blocks of this very batch, which then are new again.
             while (new := self._count_absent(hashes)) > self.max_blocks - len(self._table):
                 self._make_room(new)
-        self._change(distinct(self._table.insert(hashes)), row, tier, held=True)
+        slots = self._table.insert(hashes)
+        if not self._is_held_alike(slots, row, tier):
+            self._change(distinct(slots), row, tier, held=True)
+
+    def _is_held_alike(self, slots: Slots, row: int, tier: int) -> bool:
+        """Whether these blocks have one set of holders and the engine is in it, as in most announcements of what was
+        known: then they are marked as used, and nothing else changes."""
+        words = self._table.values(slots)
+        ids = words & _SET_ID
+        first = int(ids[0])
+        if first == EMPTY or not (ids == ids[0]).all() or not self._sets.holds(first, row, tier):
+            return False
+        self._table.set_values(slots, words | _USED)
+        return True
 
     def _count_absent(self, hashes: BlockHashes) -> int:
         return int((self._table.find(distinct(hashes)) < 0).sum())

@@ -101,18 +101,24 @@ class ObservedCache:
             return []
         self._stamp += 1
         slots = self._last_use.find(hashes)
-        known = slots[slots >= 0]
-        # First of all the known blocks get the new stamp: then making room cannot drop them.
-        self._write(known, self._last_use.values(known) & _CONFIRMED, confirmed)
-        new = distinct(hashes[slots < 0])
-        removed = self._make_room(len(new))
-        self._write(self._last_use.insert(new), np.zeros(len(new), np.uint64), confirmed)
+        is_new = slots < 0
+        removed: list[BlocksRemoved] = []
+        if not is_new.any():  # as at every end of a request, and on every turn of a conversation but for its last blocks
+            self._write(slots, self._last_use.values(slots) & _CONFIRMED, confirmed)
+        else:
+            known = slots[~is_new]
+            # First of all the known blocks get the new stamp: then making room cannot drop them.
+            if len(known):
+                self._write(known, self._last_use.values(known) & _CONFIRMED, confirmed)
+            new = distinct(hashes[is_new])
+            removed = self._make_room(len(new))
+            self._write(self._last_use.add(new), np.uint64(0), confirmed)
         self._records.append(_Record(self._stamp, now, hashes))
         self._recorded_count += len(hashes)
         self._compact()
         return [*removed, BlocksStored(self.engine_id, self.block_tokens, hashes)]
 
-    def _write(self, slots: Slots, marks: NDArray[np.uint64], confirmed: int) -> None:
+    def _write(self, slots: Slots, marks: NDArray[np.uint64] | np.uint64, confirmed: int) -> None:
         """Gives the blocks the current stamp; a block once confirmed stays so."""
         stamp = np.uint64(self._stamp) << _STAMP_SHIFT
         self._last_use.set_values(slots, marks | stamp | np.uint64(confirmed))
