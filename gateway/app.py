@@ -404,9 +404,9 @@ async def serve_until_stopped(config: Config) -> None:
 
 
 def spare_collector() -> None:
-    """Takes what was made at the start (modules, a tokenizer's vocabulary) out of the garbage collector's sight: it lives
-    as long as the process, and looking through it again and again shows in the slowest decisions. The young generation
-    is larger, for a request makes some hundred objects and nearly all of them go by themselves."""
+    """Takes what was made at the start (modules, a tokenizer's vocabulary) out of the garbage collector's sight: it
+    lives as long as the process, and looking through it again and again shows in the slowest decisions. The young
+    generation is larger, for a request makes some hundred objects and nearly all of them go by themselves."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS, 20, 20)

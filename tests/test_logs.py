@@ -5,7 +5,7 @@ import json
 import pytest
 import structlog
 
-from gateway import logs
+from gateway import handlers, logs
 from gateway.config import LogFormat, LogLevel, LogSettings
 
 
@@ -51,3 +51,12 @@ def test_a_failure_in_json_keeps_its_traceback_on_one_line(capsys):
         structlog.get_logger("x").exception("unexpected failure")
     (line,) = capsys.readouterr().err.splitlines()
     assert "Traceback" in json.loads(line)["exception"]
+
+
+def test_no_line_is_made_up_for_a_level_that_is_not_logged(monkeypatch):
+    made = []
+    monkeypatch.setattr(handlers, "log_line", lambda record: made.append(record) or {"status": 200})
+    for level in (LogLevel.WARNING, LogLevel.INFO):
+        logs.configure(LogSettings(format=LogFormat.JSON, level=level))
+        handlers.log_record(level)
+    assert made == [LogLevel.INFO]

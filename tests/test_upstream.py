@@ -277,3 +277,17 @@ async def test_an_engine_that_resets_at_once_is_an_error_of_the_connection_and_n
 def test_an_address_comes_from_a_url(url, address, host_header):
     assert Address.of(url) == address
     assert address.host_header == host_header
+
+
+async def test_a_body_that_is_piped_passes_the_sink_by_and_only_until_its_answer_ends(serve):
+    engine = await serve(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n1\r\n!\r\n0\r\n\r\n", OK)
+    connection, piped, flushed = await engine.pool.connect(), [], []
+    sink = Sink()
+    connection.send(HEAD, b"x", sink)
+    connection.pipe(piped.append, lambda: flushed.append(len(piped)))
+    async with asyncio.timeout(3):
+        await sink.over.wait()
+    assert (b"".join(piped), sink.data, sink.ending) == (b"hi!", b"", "end")
+    assert flushed[-1] == len(piped)
+    after = await engine.ask(connection)
+    assert (after.data, after.ending, b"".join(piped)) == (b"hi", "end", b"hi!")

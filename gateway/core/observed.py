@@ -103,7 +103,7 @@ class ObservedCache:
         slots = self._last_use.find(hashes)
         is_new = slots < 0
         removed: list[BlocksRemoved] = []
-        if not is_new.any():  # as at every end of a request, and on every turn of a conversation but for its last blocks
+        if not is_new.any():  # as at the end of nearly every request
             self._write(slots, self._last_use.values(slots) & _CONFIRMED, confirmed)
         else:
             known = slots[~is_new]

@@ -63,3 +63,14 @@ def test_every_occupied_slot_is_found_by_walking_the_buckets():
 
 def test_an_entry_of_a_table_at_its_capacity_costs_at_most_32_bytes():
     assert HashTable(1_000_000).allocated_bytes <= 32_000_000
+
+
+def test_absent_keys_are_added_as_they_are_inserted():
+    keys = np.random.default_rng(4).integers(0, 2**64, 3_000, dtype=np.uint64)
+    keys[7] = 0
+    batch = np.concatenate((keys, keys[:500]))
+    added, inserted = HashTable(3_000), HashTable(3_000)
+    assert added.add(batch).tolist() == inserted.insert(batch).tolist()
+    assert np.array_equal(added._words, inserted._words)
+    assert np.array_equal(added._passed, inserted._passed)
+    assert len(added) == len(inserted) == 3_000
