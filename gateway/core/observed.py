@@ -112,13 +112,13 @@ class ObservedCache:
                 self._write(known, self._last_use.values(known) & _CONFIRMED, confirmed)
             new = distinct(hashes[is_new])
             removed = self._make_room(len(new))
-            self._write(self._last_use.add(new), np.uint64(0), confirmed)
+            self._write(self._last_use.add(new), np.zeros(len(new), np.uint64), confirmed)
         self._records.append(_Record(self._stamp, now, hashes))
         self._recorded_count += len(hashes)
         self._compact()
         return [*removed, BlocksStored(self.engine_id, self.block_tokens, hashes)]
 
-    def _write(self, slots: Slots, marks: NDArray[np.uint64] | np.uint64, confirmed: int) -> None:
+    def _write(self, slots: Slots, marks: NDArray[np.uint64], confirmed: int) -> None:
         """Gives the blocks the current stamp; a block once confirmed stays so."""
         stamp = np.uint64(self._stamp) << _STAMP_SHIFT
         self._last_use.set_values(slots, marks | stamp | np.uint64(confirmed))
