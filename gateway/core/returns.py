@@ -16,7 +16,7 @@ from gateway.core.interfaces import Patience
 from gateway.core.types import Estimate, Request, WaitReason
 
 MAX_RETURN_S = 300.0
-"""The latest time that is told: no forecast of a load is worth more. Those beyond come back in the second half of it."""
+"""The latest time that is told: no forecast of a load is worth more. Those beyond come in its second half."""
 MAX_PLACES = 4096
 """Places that are kept of each model: a return each 73 ms until the latest time."""
 MAX_MODELS = 64
