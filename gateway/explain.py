@@ -43,10 +43,25 @@ def refusal_headers(reject: Reject, slo: Slo, waited_s: float) -> dict[str, str]
     """The reason, the predicted and the promised numbers, and when to come back."""
     headers = {"x-sluice-reason": str(reject.reason)} | _as_headers(refusal_ms(reject, slo, waited_s))
     if REFUSAL_STATUS[reject.reason] in (429, 503):
-        retry_after_s = 1.0 if reject.retry_after_s is None else reject.retry_after_s
-        headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
-        headers["retry-after-ms"] = str(max(1, math.ceil(retry_after_s * 1e3)))
+        headers["retry-after"] = str(max(1, math.ceil(_retry_after_s(reject))))
+        headers["retry-after-ms"] = str(_retry_after_ms(reject))
     return headers
+
+
+def refusal_members(reject: Reject, slo: Slo, waited_s: float) -> dict[str, float]:
+    """The numbers of a refusal as members of an error body, milliseconds; the time to come back is as in the header."""
+    members = as_members(refusal_ms(reject, slo, waited_s))
+    if REFUSAL_STATUS[reject.reason] in (429, 503):
+        members["retry_after_ms"] = _retry_after_ms(reject)
+    return members
+
+
+def _retry_after_s(reject: Reject) -> float:
+    return 1.0 if reject.retry_after_s is None else reject.retry_after_s
+
+
+def _retry_after_ms(reject: Reject) -> int:
+    return max(1, math.ceil(_retry_after_s(reject) * 1e3))
 
 
 def refusal_ms(reject: Reject, slo: Slo, waited_s: float) -> dict[str, float]:

@@ -44,10 +44,9 @@ from gateway.explain import (
     REFUSAL_KIND,
     REFUSAL_PARAM,
     REFUSAL_STATUS,
-    as_members,
     dispatch_headers,
     refusal_headers,
-    refusal_ms,
+    refusal_members,
 )
 from gateway.gather import Gather, Gathered
 from gateway.insight import Insight
@@ -297,7 +296,7 @@ class Handlers:
                 error = EngineTimeout(f"{reject.message}; the last failure was {failure.reason}.")
             return self._error(error.status, refusal(error), headers)
         kind = REFUSAL_KIND.get(status, "service_unavailable_error")
-        numbers = as_members(refusal_ms(reject, exchanged.slo, waited_s))
+        numbers = refusal_members(reject, exchanged.slo, waited_s)
         param = REFUSAL_PARAM.get(reject.reason)
         return self._error(status, error_body(reject.message, kind, param, reject.reason, numbers), headers)
 

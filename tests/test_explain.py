@@ -4,7 +4,7 @@ import pytest
 
 from gateway.core.types import Reject, RejectReason, Slo
 from gateway.driver import Decided
-from gateway.explain import REFUSAL_STATUS, as_members, dispatch_headers, refusal_headers, refusal_ms
+from gateway.explain import REFUSAL_STATUS, dispatch_headers, refusal_headers, refusal_members
 from tests.builders import a_dispatch, an_estimate
 
 
@@ -28,11 +28,12 @@ def test_a_refusal_tells_what_was_predicted_and_what_was_promised() -> None:
         "retry-after": "2",
         "retry-after-ms": "1250",
     }
-    assert as_members(refusal_ms(reject, slo, 0.1)) == {
+    assert refusal_members(reject, slo, 0.1) == {
         "predicted_ttft_ms": 1100.0,
         "predicted_tbt_ms": 50.0,
         "slo_ttft_ms": 500.0,
         "slo_tpot_ms": 40.0,
+        "retry_after_ms": 1250,
     }
 
 
@@ -40,3 +41,5 @@ def test_a_refusal_tells_what_was_predicted_and_what_was_promised() -> None:
 def test_only_what_passes_tells_when_to_come_back(reason: RejectReason) -> None:
     headers = refusal_headers(Reject("r1", reason, "no"), Slo(), waited_s=0.0)
     assert ("retry-after" in headers) is (REFUSAL_STATUS[reason] in (429, 503))
+    members = refusal_members(Reject("r1", reason, "no"), Slo(), waited_s=0.0)
+    assert ("retry_after_ms" in members) is ("retry-after" in headers)

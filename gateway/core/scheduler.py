@@ -61,6 +61,7 @@ from gateway.core.learning import Learning
 from gateway.core.leases import Leases
 from gateway.core.pace import Pace
 from gateway.core.prefixes import Prefixes
+from gateway.core.returns import Returns, place_return_s, prefill_return_s
 from gateway.core.types import (
     Decision,
     Dispatch,
@@ -127,6 +128,7 @@ class Scheduler:
             limits.max_waiting, fairness=Fairness(tenant_weights), starve_s=limits.max_starve_s
         )
         self._finishes = Pace()
+        self._returns = Returns(random.Random(0))
         self._room_at: float | None = None
         """When room may have appeared for a waiting request; None: not since the last `wake`."""
         self._patience: dict[str, Patience] = {}
@@ -199,14 +201,14 @@ class Scheduler:
         request, patience = ended.request, self._patience.get(ended.request.id)
         self._forget_waiting(request.id)
         if ended.is_late and patience is not None:
-            return self._refuse_by_rule(request, patience.refusal, patience.best)
+            return self._refuse_by_rule(request, patience.refusal, patience.best, now)
         if ended.is_late:
             is_ttft = (request.slo.ttft_s or inf) <= (request.slo.deadline_s or inf)
             bound_s = request.slo.ttft_s if is_ttft else request.slo.deadline_s
             message = f"it waited {now - request.arrived_at:.3g} s; its bound of {bound_s:g} s can no longer be kept"
-            return self._refuse(request, RejectReason.TTFT_SLO if is_ttft else RejectReason.DEADLINE_SLO, message)
+            return self._refuse(request, RejectReason.TTFT_SLO if is_ttft else RejectReason.DEADLINE_SLO, message, now)
         message = f"no engine had room within {self.limits.max_wait_s:g} s"
-        return self._refuse(request, RejectReason.WAITED_TOO_LONG, message)
+        return self._refuse(request, RejectReason.WAITED_TOO_LONG, message, now)
 
     def next_wakeup(self) -> float | None:
         """When `wake` has something to do; None: nobody waits and no lease runs. An instant in the past means now."""
@@ -226,9 +228,9 @@ class Scheduler:
             return decision
         until_at = request.arrived_at + self.limits.max_wait_s
         if until_at <= now:
-            return self._refuse(request, RejectReason.WAITED_TOO_LONG, "its time to wait is over")
+            return self._refuse(request, RejectReason.WAITED_TOO_LONG, "its time to wait is over", now)
         if self._waiting.is_full and not self._make_room(request, now):
-            return self._refuse(request, RejectReason.QUEUE_FULL, f"{len(self._waiting)} requests wait already")
+            return self._refuse(request, RejectReason.QUEUE_FULL, f"{len(self._waiting)} requests wait already", now)
         if not self._waiting:
             self._room_at = None  # what changed before was seen by this very attempt
         latest_at = latest_start_at(request) if patience is None else patience.latest_at
@@ -272,7 +274,7 @@ class Scheduler:
             return False
         self._forget_waiting(last.id)
         message = f"{self.limits.max_waiting} requests wait already, and one came that goes before it"
-        self._stopped.append(self._refuse(last, RejectReason.QUEUE_FULL, message))
+        self._stopped.append(self._refuse(last, RejectReason.QUEUE_FULL, message, now))
         self._stopped_at = now
         return True
 
@@ -292,7 +294,7 @@ class Scheduler:
         )
         allowed = self._gate.arrive(arrival, now=now)
         if isinstance(allowed, Refusal):
-            return self._refuse_by_rule(request, allowed, estimate_at(pairs, arrival.chosen_row))
+            return self._refuse_by_rule(request, allowed, estimate_at(pairs, arrival.chosen_row), now)
         if isinstance(allowed, Patience):
             return allowed
         if allowed is not None:
@@ -368,7 +370,7 @@ class Scheduler:
                     self._between[request_id] = decision if patience is None else patience
                     blocked.append(reservation.request.model)
                     continue
-                decision = self._refuse_by_rule(reservation.request, patience.refusal, reservation.estimate)
+                decision = self._refuse_by_rule(reservation.request, patience.refusal, reservation.estimate, now)
             del self._between[request_id]
             if isinstance(decision, Reject):
                 self.cluster.release(request_id, now)
@@ -380,7 +382,7 @@ class Scheduler:
         request, estimate = reservation.request, reservation.estimate
         loads = [state.load(now) for state in self._takers(reservation)]
         if not loads:
-            return self._refuse(request, RejectReason.NO_DECODE, "no decode engine is up")
+            return self._refuse(request, RejectReason.NO_DECODE, "no decode engine is up", now)
         forecast = Forecast(self.cluster, loads, self._lines, self._learning.law, now=now)
         batch, kv_tokens = forecast.present(but=reservation.row)
         kv_tokens = kv_tokens + request.prompt_tokens
@@ -401,7 +403,7 @@ class Scheduler:
         if isinstance(answer, Patience):
             return answer
         if isinstance(answer, Refusal):
-            return self._refuse_by_rule(request, answer, end.estimate)
+            return self._refuse_by_rule(request, answer, end.estimate, now)
         self.cluster.hand_off(request.id, end.estimate.decode, now)
         return HandOff(request.id, end.estimate.decode, end.estimate.tbt_s)
 
@@ -419,27 +421,46 @@ class Scheduler:
             and (state.engine.id == estimate.decode or state.in_flight_count < self.limits.room(state.engine))
         ]
 
-    def _refuse(self, request: Request, reason: RejectReason, message: str) -> Reject:
-        return Reject(request.id, reason, message, retry_after_s=self._retry_after_s())
+    def _refuse(self, request: Request, reason: RejectReason, message: str, now: float) -> Reject:
+        return Reject(request.id, reason, message, retry_after_s=self._retry_after_s(request, None, reason, now))
 
-    def _refuse_by_rule(self, request: Request, refusal: Refusal, best: Estimate | None) -> Reject:
-        retry_after_s = self._retry_after_s() if refusal.retry_after_s is None else refusal.retry_after_s
+    def _refuse_by_rule(self, request: Request, refusal: Refusal, best: Estimate | None, now: float) -> Reject:
         return Reject(
             request.id,
             refusal.reason,
             refusal.message,
-            retry_after_s=retry_after_s,
+            retry_after_s=self._retry_after_s(request, best, refusal.reason, now, refusal.retry_after_s),
             best=best,
             predicted_s=refusal.predicted_s,
             bound_s=refusal.bound_s,
         )
 
-    def _retry_after_s(self) -> float:
-        """When a place is expected: those who wait go first, at the pace at which requests finish."""
+    def _retry_after_s(
+        self, request: Request, best: Estimate | None, reason: RejectReason, now: float, ready_s: float | None = None
+    ) -> float:
+        """When this very request is expected to be admitted, after those who were told so before it.
+
+        A rule that knows says `ready_s`; else what is ahead of it is worked off, or as many places become free.
+        """
+        waiting = self._patience.values()
         interval_s = self._finishes.interval_s
-        if interval_s is None:
-            return self.limits.max_wait_s
-        return (len(self._waiting) + 1) * interval_s
+        if best is not None and reason is not RejectReason.TBT_SLO:
+            prefills = [
+                state
+                for state in self.cluster.engines.values()
+                if state.engine.role is not Role.DECODE
+                and state.health is Health.UP
+                and self.limits.serves(state.engine, request)
+            ]
+            drained_s, slot_s = prefill_return_s(request, best, prefills, waiting, now=now)
+        elif interval_s is None:
+            # Nothing is known of the pace: those who may wait come back within the time they may.
+            drained_s, slot_s = self.limits.max_wait_s, self.limits.max_wait_s / max(1, self.limits.max_waiting)
+        elif reason is RejectReason.TBT_SLO:
+            drained_s, slot_s = place_return_s(interval_s, waiting)
+        else:
+            drained_s, slot_s = (len(self._waiting) + 1) * interval_s, interval_s
+        return self._returns.book(request, ready_s=drained_s if ready_s is None else ready_s, slot_s=slot_s, now=now)
 
     # ---- events -----------------------------------------------------------------------------------------------------
 
