@@ -15,10 +15,10 @@ from gateway.core.cluster import EngineState
 from gateway.core.interfaces import Patience
 from gateway.core.types import Estimate, Request, WaitReason
 
-MAX_RETURN_S = 60.0
+MAX_RETURN_S = 120.0
 """The latest time that is told: no forecast of a load is worth more. Those beyond come in its second half."""
 MAX_PLACES = 4096
-"""Places that are kept of each model: a return each 15 ms until the latest time."""
+"""Places that are kept of each model: a return each 29 ms until the latest time."""
 MAX_MODELS = 64
 """Models with a line of their own; the others share one. Engines that do not say what they serve take any name."""
 MIN_SLOT_S = 1e-3
