@@ -39,7 +39,7 @@ class Early:
         step_s = arrival.estimator.decode_step_s(
             decode, batch=load.batch + 1, kv_tokens=load.kv_tokens + arrival.request.prompt_tokens
         )
-        return refuse_tbt(step_s, arrival.request.slo.tbt_s, self.tbt_margin)
+        return refuse_tbt(step_s, arrival.request.slo.step_s, self.tbt_margin)
 
     def end_prefill(self, prefill: PrefillEnd, *, now: float) -> Refusal | None:
         """A refusal when the decode engine's batch is too full by now."""

@@ -55,7 +55,7 @@ class Predicted:
         batch = -(-(load.batch + 1) // len(engines))
         kv_tokens = (load.kv_tokens + arrival.request.prompt_tokens) // len(engines)
         step_s = [arrival.estimator.decode_step_s(engine, batch=batch, kv_tokens=kv_tokens) for engine in engines]
-        return refuse_tbt(sum(step_s) / len(step_s), arrival.request.slo.tbt_s, self.tbt_margin)
+        return refuse_tbt(sum(step_s) / len(step_s), arrival.request.slo.step_s, self.tbt_margin)
 
     def end_prefill(self, prefill: PrefillEnd, *, now: float) -> Refusal | None:
         """A refusal when the decode engine's batch is too full by now."""

@@ -43,4 +43,4 @@ class Stage:
         step_s = prefill.estimator.decode_step_s(
             state.engine, batch=load.batch + 1, kv_tokens=load.kv_tokens + prefill.request.prompt_tokens
         )
-        return refuse_tbt(step_s, prefill.request.slo.tbt_s, self.tbt_margin)
+        return refuse_tbt(step_s, prefill.request.slo.step_s, self.tbt_margin)

@@ -33,6 +33,9 @@ def kept(jobs: Sequence[Job], *, busy_s: float) -> list[bool]:
     done_s = busy_s
     for number in sorted(range(len(jobs)), key=lambda each: jobs[each].due_s):
         job = jobs[number]
+        if busy_s + job.work_s > job.due_s:  # late even alone: nobody else has to go for it
+            keep[number] = False
+            continue
         done_s += job.work_s
         heapq.heappush(taken, (job.priority, -job.size, number))
         while taken and done_s > job.due_s:

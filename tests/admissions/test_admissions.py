@@ -198,3 +198,14 @@ def test_impossible_margins_are_refused(margin: float) -> None:
         Early(tbt_margin=margin)
     with pytest.raises(ValueError, match="decode_s"):
         Predicted(decode_s=0.0 if margin == 0.0 else margin)
+
+
+@pytest.mark.parametrize("rule", [Early(), Predicted()], ids=["early", "predicted"])
+def test_a_bound_on_the_mean_gap_bounds_the_step_too(rule: Admission) -> None:
+    """A step of two sequences is 30 ms: a TPOT of 25 ms cannot be kept by it, whether or not a TBT was asked for."""
+    scheduler = a_scheduler(rule)
+    slo = Slo(ttft_s=60.0, tpot_s=0.025)
+    assert isinstance(decide(scheduler, "r1", slo=slo), Dispatch)
+    scheduler.apply(PrefillDone("r1"), now=2.0)
+    scheduler.apply(FirstToken("r1"), now=2.0)
+    assert reason(decide(scheduler, "r2", now=2.0, slo=slo)) is RejectReason.TBT_SLO

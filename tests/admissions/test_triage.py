@@ -49,6 +49,11 @@ def test_of_equal_work_what_is_worth_less_goes():
     assert kept([dear, cheap], busy_s=0.0) == [False, True]
 
 
+def test_one_that_is_late_even_alone_takes_nobody_with_it():
+    assert kept([job(1, 0.5), job(2, 10, priority=1)], busy_s=0.0) == [True, False]
+    assert kept([Job(1, 0.5, size=5.0), Job(2, 10, size=1.0)], busy_s=0.0) == [True, False]
+
+
 def test_who_has_time_without_end_is_kept():
     assert kept([job(inf, 100.0), job(1.0, 1.0)], busy_s=0.0) == [True, True]
     assert kept([], busy_s=3.0) == []

@@ -145,12 +145,14 @@ report_interval_s = 0.1
 ask_engine = {"true" if "ask_engine" in settings + self.settings else "false"}
 [index]
 max_blocks = 200000
+[policy.settings]
+can_skip_hand_off = false
 [store]
 name = "redis"
 url = "{self.redis.url}"
 gateway_id = "{gateway_id or name}"
 lease_s = {LEASE_S}
-timeout_s = 0.5
+timeout_s = 2.0
 snapshot_interval_s = 0.5
 {settings}
 {engines}"""
