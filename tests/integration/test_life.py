@@ -20,7 +20,7 @@ from gateway.config import (
     ServerSettings,
 )
 from gateway.journal import replay
-from tests.integration.harness import CHAT, RawClient, Site, a_post, chat_body, events, words
+from tests.integration.harness import CHAT, HANDS_OFF, RawClient, Site, a_post, chat_body, events, words
 from tests.integration.scripted_engine import CHUNKED, DONE, chunk, says, serving, text_answer, token, whole
 from tests.polling import until
 
@@ -183,7 +183,7 @@ async def test_a_live_gateways_journal_gives_the_same_decisions_again(start, tmp
     done = [json.loads(line)["do"] for line in lines]
     assert done[0] == "start"
     assert {"decide", "apply", "wake"} <= set(done)
-    assert replay(lines, scheduler_of(Config(admission=admission), seed=0)) == []
+    assert replay(lines, scheduler_of(Config(admission=admission, policy=HANDS_OFF), seed=0)) == []
 
 
 # ---- what is left ----------------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ async def test_a_request_whose_bound_passes_while_it_waits_is_refused_then_and_t
         status, body, response = await chat(site, x_slo_ttft_ms="150", x_slo_tbt_ms="5000")
     assert (status, body["error"]["code"]) == (429, "ttft_slo")
     assert body["error"]["type"] == "rate_limit_error"
+    assert body["error"]["numbers"].pop("retry_after_ms") == int(response.headers["retry-after-ms"])
     assert body["error"]["numbers"] == {"slo_ttft_ms": 150.0, "slo_tbt_ms": 5000.0}
     assert response.headers["x-sluice-reason"] == "ttft_slo"
     assert response.headers["x-sluice-slo-ttft-ms"] == "150.0"
