@@ -2,17 +2,10 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import structlog
 
 from gateway import handlers, logs
 from gateway.config import LogFormat, LogLevel, LogSettings
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    yield
-    structlog.reset_defaults()
 
 
 def test_json_is_one_object_per_line_with_level_and_time(capsys):
