@@ -1,4 +1,7 @@
-"""Cells of the fault matrix on real vLLM engines, and fields that end one: what a gateway is for."""
+"""Cells of the fault matrix on real vLLM engines, and fields that end one: what a gateway is for.
+
+The name puts it last: others count failed transfers since the engines began.
+"""
 
 from __future__ import annotations
 
