@@ -34,6 +34,7 @@ from gateway.core.cluster import Cluster
 from gateway.core.errors import ConfigError
 from gateway.core.interfaces import Policy, Predictor
 from gateway.core.scheduler import Scheduler
+from gateway.core.stranded import StrandedKv
 from gateway.core.types import Request
 from gateway.discovery import Directory, engine_of
 from gateway.dispatch import Dispatcher
@@ -219,6 +220,49 @@ def access_of(config: Config) -> InsightAccess:
     return InsightAccess(config.telemetry.metrics, config.telemetry.decisions, config.dashboard.access)
 
 
+def call_limits(config: Config) -> CallLimits:
+    """How long a call to an engine may take, and how large its answer may be."""
+    client = config.engine_client
+    return CallLimits(
+        connect_timeout_s=client.connect_timeout_s,
+        first_event_timeout_s=client.first_event_timeout_s,
+        answer_timeout_s=client.answer_timeout_s,
+        max_response_bytes=client.max_response_bytes,
+    )
+
+
+def continuation_limits(config: Config) -> ContinuationLimits:
+    """Whether streams that break are continued, and what may be kept for it."""
+    continuation = config.continuation
+    return ContinuationLimits(
+        is_on=continuation.is_on,
+        asks_for_ids=continuation.asks_for_ids,
+        max_stream_bytes=continuation.max_stream_bytes,
+        max_bytes=continuation.max_bytes,
+    )
+
+
+def watch_limits(config: Config) -> WatchLimits:
+    """How often engines are looked at."""
+    return WatchLimits(
+        health_interval_s=config.watch.health_interval_s,
+        report_interval_s=config.watch.report_interval_s,
+        timeout_s=config.watch.timeout_s,
+        failures_to_down=config.watch.failures_to_down,
+    )
+
+
+def handler_limits(config: Config) -> HandlerLimits:
+    """How long a client may take, and how large its request may be."""
+    return HandlerLimits(
+        max_body_bytes=config.server.max_body_bytes,
+        body_timeout_s=config.server.body_timeout_s,
+        write_timeout_s=config.server.write_timeout_s,
+        idle_timeout_s=config.engine_client.idle_timeout_s,
+        report_stale_s=config.watch.report_stale_s,
+    )
+
+
 @contextlib.asynccontextmanager
 async def running(config: Config, seat: Seat | None = None) -> AsyncIterator[Gateway]:
     """A gateway that serves inside this block, as a worker where it has a seat. Raises ConfigError."""
@@ -229,11 +273,11 @@ async def running(config: Config, seat: Seat | None = None) -> AsyncIterator[Gat
     recorder = recorder_of(config)
     driver = Driver(scheduler_of(config, seed=0), journal, recorder=recorder)
     spans = span_export(config.telemetry, version("sluice"), driver.adapter_name)
-    relayed = RelayTotals()
+    relayed, stranded = RelayTotals(), StrandedKv()
     metrics = Metrics(
         driver,
         max_tenants=config.telemetry.max_tenants,
-        lease_s=config.admission.lease_s,
+        stranded=stranded,
         relayed=relayed,
         spans=lambda: None if spans is None else spans.counts,
         version=version("sluice"),
@@ -244,29 +288,14 @@ async def running(config: Config, seat: Seat | None = None) -> AsyncIterator[Gat
     if sharing is not None:
         metrics.registry.register(StoreMetrics(sharing))
     engines = Engines(keepalive_s=client.keepalive_s, max_idle=client.max_idle_connections, api_key=directory.api_key)
-    limits = CallLimits(
-        connect_timeout_s=client.connect_timeout_s,
-        first_event_timeout_s=client.first_event_timeout_s,
-        answer_timeout_s=client.answer_timeout_s,
-        max_response_bytes=client.max_response_bytes,
-    )
-    continuation = ContinuationLimits(
-        is_on=config.continuation.is_on,
-        asks_for_ids=config.continuation.asks_for_ids,
-        max_stream_bytes=config.continuation.max_stream_bytes,
-        max_bytes=config.continuation.max_bytes,
-    )
     aborts = Aborts(directory.api_key)
-    dispatcher = Dispatcher(driver, adapters, engines, limits, continuation, on_hang_up=aborts.put)
+    dispatcher = Dispatcher(
+        *(driver, adapters, engines, call_limits(config), continuation_limits(config)),
+        on_hang_up=aborts.put,
+        stranded=stranded,
+    )
     watch = Watch(
-        driver,
-        adapters,
-        WatchLimits(
-            health_interval_s=config.watch.health_interval_s,
-            report_interval_s=config.watch.report_interval_s,
-            timeout_s=config.watch.timeout_s,
-            failures_to_down=config.watch.failures_to_down,
-        ),
+        *(driver, adapters, watch_limits(config)),
         api_key=directory.api_key,
         metrics_url=directory.metrics_url,
         on_down=dispatcher.engine_down,
@@ -288,13 +317,7 @@ async def running(config: Config, seat: Seat | None = None) -> AsyncIterator[Gat
         driver,
         dispatcher,
         gather,
-        HandlerLimits(
-            max_body_bytes=config.server.max_body_bytes,
-            body_timeout_s=config.server.body_timeout_s,
-            write_timeout_s=config.server.write_timeout_s,
-            idle_timeout_s=client.idle_timeout_s,
-            report_stale_s=config.watch.report_stale_s,
-        ),
+        handler_limits(config),
         started_at=time.time(),
         store_status=(lambda: {"name": config.store.name}) if sharing is None else sharing.status,
         worker=None if seat is None else seat.number,

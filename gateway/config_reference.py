@@ -10,12 +10,12 @@ import ast
 import inspect
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import get_args
 
 import msgspec
 
 from gateway.config import Config, EngineSettings
+from gateway.readme_tables import main
 
 
 def field_docs(kind: type[msgspec.Struct]) -> dict[str, str]:
@@ -66,17 +66,5 @@ def render() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def insert(text: str) -> str:
-    """The document with the reference between its two markers."""
-    begin, rest = text.split("<!-- settings:", 1)
-    head, rest = rest.split("-->", 1)
-    end = rest[rest.index("<!-- /settings -->") :]
-    return f"{begin}<!-- settings:{head}-->\n\n{render()}\n{end}"
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--write"]:
-        document = Path(sys.argv[2])
-        document.write_text(insert(document.read_text()))
-    else:
-        sys.stdout.write(render())
+    main(sys.argv[1:], "settings", render())

@@ -236,6 +236,7 @@ class Dispatcher:
         continuation: ContinuationLimits | None = None,
         *,
         on_hang_up: Callable[[Call], None] = lambda call: None,
+        stranded: StrandedKv | None = None,
     ) -> None:
         """Without limits of their own, streams that break are not continued. `on_hang_up` hears of every call that is
         closed before its end."""
@@ -247,7 +248,7 @@ class Dispatcher:
         self._continuation = continuation or ContinuationLimits(is_on=False)
         self._memory = ContinuationMemory(self._continuation.max_bytes)
         self._attempts: set[Attempt] = set()
-        self.stranded = StrandedKv()
+        self.stranded = stranded or StrandedKv()
         """What prefill engines hold for hand-offs that failed."""
 
     @property

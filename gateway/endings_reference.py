@@ -7,9 +7,9 @@ test keeps both the same.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from adapters.endings import ENDINGS
+from gateway.readme_tables import main
 
 HEAD = "| when | what happens | the request | the prefill engine's blocks are freed by |\n| --- | --- | --- | --- |\n"
 
@@ -23,17 +23,5 @@ def render() -> str:
     )
 
 
-def insert(text: str) -> str:
-    """The document with the table between its two markers."""
-    begin, rest = text.split("<!-- endings:", 1)
-    head, rest = rest.split("-->", 1)
-    end = rest[rest.index("<!-- /endings -->") :]
-    return f"{begin}<!-- endings:{head}-->\n\n{render()}\n{end}"
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--write"]:
-        document = Path(sys.argv[2])
-        document.write_text(insert(document.read_text()))
-    else:
-        sys.stdout.write(render())
+    main(sys.argv[1:], "endings", render())

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from gateway.core.cluster import EngineState
 from gateway.core.prefixes import SOURCES
+from gateway.core.stranded import StrandedKv
 from gateway.core.types import Health, Role
 from gateway.driver import Driver
 from gateway.records import Attempt, Outcome, RequestRecord
@@ -32,8 +33,6 @@ COVERAGE_WINDOW = 1_000
 """Predictions of which the covered share is told: enough that one per cent is ten of them."""
 LAG_EVERY_S = 0.25
 MAX_FAILURE_REASONS = 64
-MAX_STRANDED = 65_536
-"""Attempts that strand KV at once; the oldest go first, whose leases end first."""
 
 LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -82,32 +81,6 @@ class Coverage:
         return self._covered / len(self._recent) if self._recent else None
 
 
-@dataclass(slots=True)
-class StrandedKv:
-    """KV that prefill engines still hold for attempts that ended before their first token: gone with its lease."""
-
-    lease_s: float
-    _held: deque[tuple[float, str, int]] = field(default_factory=lambda: deque(maxlen=MAX_STRANDED))
-
-    def add(self, record: RequestRecord, attempt: Attempt) -> None:
-        """Takes in an attempt that is over; most strand nothing."""
-        is_stranded = attempt.is_hand_off and attempt.prefilled_at is not None and attempt.first_token_at is None
-        is_read = attempt is record.last and record.outcome is Outcome.SERVED
-        if is_stranded and not is_read and attempt.estimate is not None and attempt.prefilled_at is not None:
-            until_at = attempt.prefilled_at + self.lease_s
-            self._held.append((until_at, attempt.estimate.prefill, record.prompt_tokens or 0))
-
-    def by_engine(self, *, now: float) -> dict[str, int]:
-        """Tokens by prefill engine; at most, for the decode engine may have read them and failed afterwards."""
-        while self._held and self._held[0][0] <= now:
-            self._held.popleft()
-        tokens: dict[str, int] = {}
-        for until_at, engine_id, count in self._held:
-            if until_at > now:
-                tokens[engine_id] = tokens.get(engine_id, 0) + count
-        return tokens
-
-
 class Metrics:
     """An observer of records, and what `/metrics` answers."""
 
@@ -116,14 +89,14 @@ class Metrics:
         driver: Driver,
         *,
         max_tenants: int,
-        lease_s: float,
+        stranded: StrandedKv | None = None,
         relayed: RelayTotals | None = None,
         spans: Callable[[], SpanCounts | None] = lambda: None,
         version: str = "",
     ) -> None:
         self.registry = CollectorRegistry()
         self.coverage = {Role.PREFILL: Coverage(), Role.DECODE: Coverage()}
-        self.stranded = StrandedKv(lease_s)
+        self.stranded = stranded or StrandedKv()
         self._tenants = BoundedLabels(max_tenants)
         self._failures = BoundedLabels(MAX_FAILURE_REASONS)
         self._loop_timer: asyncio.TimerHandle | None = None
@@ -188,7 +161,6 @@ class Metrics:
             self.decisions.labels("reject", record.reason).inc()
         if attempt.failure is not None:
             self.attempt_failures.labels(self._failures[attempt.failure]).inc()
-        self.stranded.add(record, attempt)
 
     def _count_times(self, record: RequestRecord) -> None:
         self.duration.observe(record.ended_at - record.arrived_at)
@@ -298,14 +270,22 @@ class Scraped(Collector):
             is_open = reservation.prefill_done_at is not None and reservation.first_token_at is None
             if is_open and reservation.estimate.is_hand_off:
                 leases[reservation.estimate.prefill] = leases.get(reservation.estimate.prefill, 0) + 1
-        stranded = self.fed.stranded.by_engine(now=self.driver.now())
         yield gauge(
             "sluice_in_flight_requests", "Dispatched and not over.", [((), len(reservations) - len(scheduler.leases))]
         )
         yield gauge("sluice_waiting_requests", "Waiting in the gateway.", [((), scheduler.waiting_count)])
         yield gauge("sluice_open_requests", "Arrived and not over.", [((), self.driver.recorder.open_count)])
         yield gauge("sluice_kv_leases", "KV held for a first token.", _by_engine(leases), "engine")
-        yield gauge("sluice_stranded_kv_tokens", "KV that no one will read.", _by_engine(stranded), "engine")
+        yield from self._stranded()
+
+    def _stranded(self) -> Iterator[Metric]:
+        rows = [((name,), each) for name, each in self.fed.stranded.by_connector(now=self.driver.now()).items()]
+        held = [(labels, each.blocks) for labels, each in rows]
+        yield gauge("sluice_stranded_kv_blocks", "KV that no one will read.", held, "connector")
+        held_s = [(labels, each.block_s) for labels, each in rows]
+        yield counter("sluice_stranded_kv_block_seconds", "The same, times seconds.", held_s, "connector")
+        failed = [(labels, float(each.hand_offs)) for labels, each in rows]
+        yield counter("sluice_stranded_hand_offs", "Hand-offs that left KV behind.", failed, "connector")
 
     def _engines(self) -> Iterator[Metric]:
         now = self.driver.now()

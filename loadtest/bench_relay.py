@@ -48,8 +48,6 @@ SLUICE = "sluice"
 UNTOKENISED = "sluice, no tokenizer"
 SILENT = "sluice, telemetry off"
 TELLING = "sluice, telemetry on"
-LOG_LEVELS = {TELLING: "info"}
-"""By the name of a gateway; the others log warnings."""
 SAMPLE_RATIO = 0.1
 SCRAPES_PER_S = 1.0
 SMALL_CHARS, LARGE_CHARS = 250, 200_000
@@ -114,6 +112,9 @@ class Variant:
     """None: lengths are estimated and nothing is indexed."""
     settings: str = ""
     """TOML tables beside those that every gateway of the bench has."""
+    log_level: str = "warning"
+    is_scraped: bool = False
+    """Whether its `/metrics` are read each second."""
 
     @property
     def file_name(self) -> str:
@@ -251,10 +252,10 @@ def measure(
             group = [case for case in cases if case.is_hand_off is is_hand_off]
             if group:
                 with contextlib.ExitStack() as proxies:
-                    started_ones = _start_gateways(proxies, upstreams, is_hand_off, variants, folder, profile)
-                    started_ones += _start_peers(proxies, upstreams, is_hand_off, asked.start, folder)
-                    started_ones += [] if is_hand_off else asked.given
-                    figures += [figure for case in group for figure in _measure_case(client, case, started_ones, plan)]
+                    running = _start_gateways(proxies, upstreams, is_hand_off, variants, folder, profile)
+                    running += _start_peers(proxies, upstreams, is_hand_off, asked.start, folder)
+                    running += [] if is_hand_off else asked.given
+                    figures += [figure for case in group for figure in _measure_case(client, case, running, plan)]
     return figures
 
 
@@ -273,7 +274,7 @@ def _telemetry_variants(stack: contextlib.ExitStack, model: Path) -> list[Varian
     endpoint = f"http://127.0.0.1:{told(collector)['port']}"
     off = "[telemetry]\nmetrics = 'off'\ndecisions = 'off'\n\n[dashboard]\naccess = 'off'"
     on = f"[telemetry]\nendpoint = '{endpoint}'\nsample_ratio = {SAMPLE_RATIO}"
-    return [Variant(SILENT, model, off), Variant(TELLING, model, on)]
+    return [Variant(SILENT, model, off), Variant(TELLING, model, on, log_level="info", is_scraped=True)]
 
 
 def _start_gateways(
@@ -294,7 +295,7 @@ def _start_gateways(
         if profile is not None and variant.name == SLUICE:
             command[1:1] = ["-m", "cProfile", "-o", f"{profile}{'.pd' if is_hand_off else ''}"]
         proxies.append(_started_proxy(stack, variant.name, command, gateway_port, folder, 1.0, "/ready"))
-        if variant.name == TELLING:
+        if variant.is_scraped:
             stack.enter_context(scraped(proxies[-1].urls[0] + "/metrics"))
     return proxies
 
@@ -357,9 +358,10 @@ def gateway_config(port: int, upstreams: Upstreams, is_hand_off: bool, variant: 
     """Settings of a gateway with everything on that the variant does not switch off."""
     roles = [(url, Role.PREFILL) for url in upstreams.prefill] + [(url, Role.DECODE) for url in upstreams.decode]
     engines = roles if is_hand_off else [(url, Role.BOTH) for url in upstreams.both]
-    log_level = LOG_LEVELS.get(variant.name, "warning")
     lines = [
-        f"[server]\nport = {port}\n\n[log]\nformat = 'json'\nlevel = '{log_level}'\n\n[tokens]\nask_engine = false"
+        f"[server]\nport = {port}\n",
+        f"[log]\nformat = 'json'\nlevel = '{variant.log_level}'\n",
+        "[tokens]\nask_engine = false",
     ]
     if variant.tokenizer is not None:
         lines.append(f"tokenizer = '{variant.tokenizer}'")

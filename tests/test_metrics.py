@@ -25,7 +25,7 @@ async def metrics() -> Metrics:
     """The metrics of a gateway in front of two engines of each role, one of which reported."""
     driver = Driver(a_scheduler(*a_mesh()), Journal(), recorder=Recorder(kept_count=4))
     driver.apply(EngineReport("p1", Report(running_count=2, waiting_count=1, kv_usage_ratio=0.25)))
-    return Metrics(driver, max_tenants=2, lease_s=25.0, version="1")
+    return Metrics(driver, max_tenants=2, version="1")
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -91,14 +91,13 @@ async def test_tenants_beyond_the_bound_are_counted_together(metrics):
     assert value(metrics, "sluice_tenant_requests_total", tenant=OTHER, outcome="served") == 2
 
 
-async def test_kv_is_stranded_when_an_attempt_ends_between_its_legs_and_until_its_lease_ends(metrics):
-    stranded = metrics.stranded
-    failed = an_attempt(prefilled_at=100.0, first_token_at=None, failure="decode_lost")
-    stranded.add(a_record(attempts=(failed, an_attempt(number=2)), prompt_tokens=500), failed)
-    served = an_attempt(prefilled_at=100.0, first_token_at=None)
-    stranded.add(a_record(attempts=(served,)), served)
-    assert stranded.by_engine(now=124.0) == {"p1": 500}
-    assert stranded.by_engine(now=126.0) == {}
+async def test_stranded_kv_is_told_by_connector_until_its_lease_ends(metrics):
+    now = asyncio.get_running_loop().time()
+    metrics.stranded.add("nixl", "p1", blocks=30, hold_s=1e6, now=now - 10.0)
+    metrics.stranded.add("nixl", "p2", blocks=5, hold_s=2.0, now=now - 10.0)
+    assert value(metrics, "sluice_stranded_kv_blocks", connector="nixl") == 30
+    assert value(metrics, "sluice_stranded_hand_offs_total", connector="nixl") == 2
+    assert value(metrics, "sluice_stranded_kv_block_seconds_total", connector="nixl") == pytest.approx(310, rel=0.05)
 
 
 def test_labels_are_first_come():
@@ -116,7 +115,7 @@ def test_coverage_is_of_the_last_thousand():
 
 async def test_a_wait_and_the_refusal_after_it_are_two_decisions():
     driver = Driver(a_scheduler(), Journal(), recorder=Recorder(kept_count=4))
-    metrics = Metrics(driver, max_tenants=2, lease_s=1.0)
+    metrics = Metrics(driver, max_tenants=2)
     driver.recorder.observers.append(metrics)
     trail = driver.recorder.begin("r1", "r1", "/x", [], now=1.0)
     trail.gathered(a_request("r1"), now=1.0)

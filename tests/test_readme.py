@@ -13,6 +13,7 @@ from gateway.cli import COMMANDS
 from gateway.core.types import RejectReason
 from gateway.handlers import PASSED_THROUGH, REFUSAL_STATUS
 from gateway.policies import POLICIES
+from gateway.readme_tables import insert
 from predictors import PREDICTORS
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,7 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
 
 
 def test_the_table_of_endings_is_that_of_the_code() -> None:
-    assert endings_reference.insert(README) == README, "run `make docs`"
+    assert insert(README, "endings", endings_reference.render()) == README, "run `make docs`"
 
 
 @pytest.mark.parametrize("reason", list(RejectReason))

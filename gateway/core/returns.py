@@ -1,15 +1,15 @@
 """When the refused are to come back: as many at one time as can be served then, and no crowd at one instant.
 
 Whoever is refused is told when it is expected to be admitted, and gets that much of the time after it as its own: the
-next of the same model who is refused is told a later time. Within its own time the instant is drawn by its id, so that
-a journal replayed tells the same. Nothing is held back for those who come back: a place is a forecast, not a promise.
+next of the same model who is refused is told a later time. Within its own time the instant follows from its id, so
+that a journal replayed tells the same. Nothing is held back for those who come back: a place is a forecast, no promise.
 """
 
 from __future__ import annotations
 
-import random
 from bisect import bisect_left, insort
 from collections.abc import Iterable
+from zlib import crc32
 
 from gateway.core.cluster import EngineState
 from gateway.core.interfaces import Patience
@@ -28,9 +28,8 @@ MIN_SLOT_S = 1e-3
 class Returns:
     """The times at which those who were refused were told to come back."""
 
-    def __init__(self, rng: random.Random) -> None:
-        """Nobody was refused yet. `rng` is seeded anew for every request, and so must be nobody else's."""
-        self._rng = rng
+    def __init__(self) -> None:
+        """Nobody was refused yet."""
         self._lines: dict[str, list[tuple[float, float]]] = {}
         """By model: own times (from, until), instants, ascending, none overlapping another."""
 
@@ -45,8 +44,7 @@ class Returns:
         """
         line = self._line(request.model, now)
         slot_s = max(slot_s, MIN_SLOT_S)
-        self._rng.seed(request.id)
-        share = self._rng.random()
+        share = crc32(request.id.encode()) / 2**32
         start_at = _first_gap_at(line, now + ready_s, slot_s)
         if start_at + slot_s > now + MAX_RETURN_S or len(line) >= MAX_PLACES:
             earliest_s = min(max(ready_s, 0.5 * MAX_RETURN_S), 0.9 * MAX_RETURN_S)

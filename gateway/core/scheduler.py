@@ -128,7 +128,7 @@ class Scheduler:
             limits.max_waiting, fairness=Fairness(tenant_weights), starve_s=limits.max_starve_s
         )
         self._finishes = Pace()
-        self._returns = Returns(random.Random(0))
+        self._returns = Returns()
         self._room_at: float | None = None
         """When room may have appeared for a waiting request; None: not since the last `wake`."""
         self._patience: dict[str, Patience] = {}

@@ -1,7 +1,5 @@
 """Those who are refused come back one after the other, as many at one time as can be served."""
 
-import random
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +21,7 @@ PAUSE = Refusal(RejectReason.TTFT_SLO, "late")
 
 
 def the_returns() -> Returns:
-    return Returns(random.Random(0))
+    return Returns()
 
 
 def test_a_crowd_is_given_one_time_after_the_other() -> None:

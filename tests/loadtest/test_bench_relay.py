@@ -30,7 +30,7 @@ def test_it_measures_the_gateway_beside_the_floor_in_one_run(capsys: pytest.Capt
 
 
 @pytest.mark.slow
-def test_telemetry_is_measured_on_and_off_and_reaches_a_collector(capsys: pytest.CaptureFixture[str]) -> None:
+def test_gateways_with_telemetry_on_and_off_are_measured_too(capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--rounds", "1", "--round-s", "1", "--load", "0.3", "--case", "pd stream 0.4K"]
     assert bench_relay.main([*short, "--telemetry", "--json"]) == 0
     rows = {row["proxy"]: row for row in json.loads(capsys.readouterr().out)}
