@@ -6,15 +6,15 @@ a completion). Its events then get the names of the first stream, lose what only
 ids), and count prompt and output tokens as one engine would have.
 
 Nothing here runs for a stream that goes well but `hide_token_ids`, which takes out what the client did not ask for.
-Source: vllm 0.32.0, entrypoints/openai/{chat_completion,completion}/{protocol,serving}.py.
+Source: vllm 0.32.0, entrypoints/openai/{chat_completion,completion}/{protocol,serving}.py, v1/engine/detokenizer.py.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import msgspec
 import numpy as np
@@ -104,6 +104,9 @@ class _Event(Struct):
 
 _EVENT: Final = msgspec.json.Decoder(_Event)
 
+TextOf: TypeAlias = Callable[[tuple[int, ...]], Awaitable[str | None]]
+"""Token ids to their text by the model's own tokenizer; None: nobody tells."""
+
 
 @dataclass(slots=True)
 class Said:
@@ -114,12 +117,15 @@ class Said:
     model: str | None = None
     text: str = ""
     token_ids: tuple[int, ...] | None = ()
-    """Of the text, and of no more: tokens of half a character are left out. None: the engine did not tell."""
+    """Of the text: tokens of half a character are left out. None: the engine did not tell."""
     prompt_ids: tuple[int, ...] | None = None
     events: int = 0
     """Events with text: tokens, where the engine told no ids."""
     finish_reason: str | None = None
     is_only_text: bool = True
+    unsure: int = 0
+    """How many of the last ids came with the last text, where it was several: an engine that puts the tokens of some
+    steps into one event holds back the text of a half character at its end, but not its ids."""
 
     @property
     def tokens(self) -> int:
@@ -168,8 +174,32 @@ def _hear_choice(said: Said, unspoken: list[int], choice: _Choice) -> None:
     said.text += text
     said.events += bool(text)
     if text and said.token_ids is not None:
+        said.unsure = len(unspoken) if len(choice.token_ids or ()) > 1 else 0
         said.token_ids += tuple(unspoken)
         unspoken.clear()
+
+
+def without_ids(said: Said) -> Said:
+    """The same by its text alone; its tokens stay counted."""
+    return replace(said, token_ids=None, unsure=0, events=said.tokens)
+
+
+async def without_half_characters(said: Said, text_of: TextOf) -> Said:
+    """What was said with the ids of its text and of no more, so that a prompt made of them ends with a character.
+
+    An engine's detokenizer holds back what ends with U+FFFD and forgets what it had said before a prompt that ends so:
+    it would say the whole prompt again. Where `text_of` cannot tell, what was said comes back without ids.
+    """
+    ids = said.token_ids
+    if ids is None or not said.unsure:
+        return said
+    for dropped in range(said.unsure):
+        text = await text_of(ids[len(ids) - said.unsure : len(ids) - dropped])
+        if text is None:
+            break
+        if not text.endswith("\ufffd"):
+            return replace(said, token_ids=ids[: len(ids) - dropped], unsure=0)
+    return without_ids(said)
 
 
 def rest_of(payload: Payload, said: Said) -> Payload | None:

@@ -6,7 +6,7 @@ Source: vLLM 0.32.0, renderers/online_renderer.py `_reused_prompt_token_ids`, re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -26,6 +26,10 @@ _TEXT_PART_KEYS = frozenset({"cache_control", "refusal", "text", "thinking", "ty
 
 class _Tokenized(msgspec.Struct):
     tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
+
+
+class _Detokenized(msgspec.Struct):
+    prompt: str
 
 
 class _HasTokens(msgspec.Struct):
@@ -87,6 +91,19 @@ def parse_tokenize(answer: bytes) -> Ids:
         return np.array(msgspec.json.decode(answer, type=_Tokenized).tokens, dtype=np.int32)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise MalformedEngineData(f"the answer of /tokenize is not a list of token ids: {error}") from error
+
+
+def detokenize_body(ids: Sequence[int], model: str) -> dict[str, object]:
+    """The `/detokenize` body that asks vLLM for the text of these ids."""
+    return ({"model": model} if model else {}) | {"tokens": list(ids)}
+
+
+def parse_detokenize(answer: bytes) -> str:
+    """The text of a `/detokenize` answer of vLLM. Raises MalformedEngineData."""
+    try:
+        return msgspec.json.decode(answer, type=_Detokenized).prompt
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise MalformedEngineData(f"the answer of /detokenize is not a text: {error}") from error
 
 
 def _is_text_only(messages: object) -> bool:

@@ -289,10 +289,12 @@ async def running(config: Config, seat: Seat | None = None) -> AsyncIterator[Gat
         metrics.registry.register(StoreMetrics(sharing))
     engines = Engines(keepalive_s=client.keepalive_s, max_idle=client.max_idle_connections, api_key=directory.api_key)
     aborts = Aborts(directory.api_key)
+    tokenizers = EngineTokenizers(driver, adapters, directory.api_key, timeout_s=ENGINE_TOKENIZES_S)
     dispatcher = Dispatcher(
         *(driver, adapters, engines, call_limits(config), continuation_limits(config)),
         on_hang_up=aborts.put,
         stranded=stranded,
+        text_of=tokenizers.text,
     )
     watch = Watch(
         *(driver, adapters, watch_limits(config)),
@@ -301,7 +303,6 @@ async def running(config: Config, seat: Seat | None = None) -> AsyncIterator[Gat
         on_down=dispatcher.engine_down,
         on_lost=engines.forget,
     )
-    tokenizers = EngineTokenizers(driver, adapters, directory.api_key, timeout_s=ENGINE_TOKENIZES_S)
     gather = Gather(driver, tokens_of(config), tokenizers if config.tokens.ask_engine else None)
     feeds = KvFeeds(
         driver,

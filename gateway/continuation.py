@@ -14,10 +14,12 @@ from adapters.continuation import (
     TOKEN_IDS,
     Rewriting,
     Said,
+    TextOf,
     closing_events,
     hide_token_ids,
     rest_of,
     said_in,
+    without_half_characters,
 )
 from adapters.sse import EventCounter
 from gateway.engine_call import EngineCall
@@ -64,13 +66,22 @@ class Continuation:
     """What one stream has said, and how it goes on. `close` it when the stream is over."""
 
     def __init__(
-        self, payload: Payload, memory: ContinuationMemory, max_bytes: int, resume: Resume, *, shows_ids: bool
+        self,
+        payload: Payload,
+        memory: ContinuationMemory,
+        max_bytes: int,
+        resume: Resume,
+        *,
+        text_of: TextOf,
+        shows_ids: bool,
     ) -> None:
-        """`payload` is the client's request. `shows_ids`: whether the client asked for the ids that engines tell."""
+        """`payload` is the client's request. `text_of` tells the text of token ids, `shows_ids` whether the client
+        asked for the ids that engines tell."""
         self._payload = payload
         self._memory = memory
         self._max_bytes = max_bytes
         self._resume = resume
+        self._text_of = text_of
         self._shows_ids = shows_ids
         self._raw: list[bytes] = []
         self._size = 0
@@ -98,7 +109,8 @@ class Continuation:
         """The call that says the rest, or the bytes that are the rest; None where the stream cannot go on."""
         if self._is_full:
             return None
-        said = _joined(self._said, said_in(b"".join(self._raw)))
+        said = await without_half_characters(said_in(b"".join(self._raw)), self._text_of)
+        said = _joined(self._said, said)
         prompt_tokens = self.prompt_tokens if said.prompt_ids is None else len(said.prompt_ids)
         if said.finish_reason is not None:
             return closing_events(said, self._payload, prompt_tokens)

@@ -9,6 +9,7 @@ the ledger is told: nothing stays reserved.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -223,6 +224,10 @@ class Begun:
     dispatch: Dispatch
 
 
+async def _nobody_tells(model: str, ids: tuple[int, ...]) -> None:
+    """No text."""
+
+
 class Dispatcher:
     """Serves requests: decide, act, decide again when an attempt fails before the first byte, and go on elsewhere when
     a stream breaks after it."""
@@ -237,9 +242,11 @@ class Dispatcher:
         *,
         on_hang_up: Callable[[Call], None] = lambda call: None,
         stranded: StrandedKv | None = None,
+        text_of: Callable[[str, tuple[int, ...]], Awaitable[str | None]] = _nobody_tells,
     ) -> None:
         """Without limits of their own, streams that break are not continued. `on_hang_up` hears of every call that is
-        closed before its end."""
+        closed before its end; `text_of` tells a model's text of token ids, None where nobody does."""
+        self._text_of = text_of
         self._on_hang_up = on_hang_up
         self._driver = driver
         self._adapters = adapters
@@ -400,6 +407,7 @@ class Dispatcher:
             self._memory,
             self._continuation.max_stream_bytes,
             resume,
+            text_of=functools.partial(self._text_of, payload.model or ""),
             shows_ids=client_asked_for_ids(payload) or not self._continuation.asks_for_ids,
         )
         continuation.prompt_tokens = serving.prompt_tokens

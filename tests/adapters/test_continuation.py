@@ -19,8 +19,10 @@ from adapters.continuation import (
     hide_token_ids,
     rest_of,
     said_in,
+    without_half_characters,
 )
 from adapters.openai import COMPLETIONS
+from loadtest import tokenizer
 from tests.adapters.transcripts import VLLM, payload
 
 NAMES = {"id": "chatcmpl-1", "created": 5, "model": "m"}
@@ -84,6 +86,47 @@ def test_a_chat_says_its_text_its_names_and_its_ids():
 def test_tokens_of_half_a_character_are_not_said_yet():
     assert said_in(event("a", [1]) + event("", [2])).token_ids == (1,)
     assert said_in(event("a", [1]) + event("", [2]) + event("é", [3])).token_ids == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("events", "kept"),
+    [
+        ([("ab", [97, 98])], (97, 98)),
+        ([("a", [97]), ("b", [98, 0xC3])], (97, 98)),
+        ([("a", [97]), ("b", [98, 0xE2, 0x82])], (97, 98)),
+        ([("a", [97]), ("b", [98, 0xC3]), ("éc", [0xA9, 99])], (97, 98, 0xC3, 0xA9, 99)),
+        ([("a", [97]), ("", [0xE2]), ("€", [0x82, 0xAC, 0xC3])], (97, 0xE2, 0x82, 0xAC)),
+        ([("a", [97]), ("b", [98, 0xC3]), ("é", [0xA9])], (97, 98, 0xC3, 0xA9)),
+        ([("a", [97]), ("b", [98, 0xC3]), ("", [0xA9])], (97, 98)),
+    ],
+    ids=str,
+)
+async def test_a_half_character_at_the_end_of_a_merged_event_is_not_said_yet(events, kept):
+    """vLLM joins the events of a client that is behind: the ids of such an event may go further than its text."""
+
+    async def text_of(ids):
+        return tokenizer.decode(ids)
+
+    said = await without_half_characters(said_in(b"".join(event(text, ids) for text, ids in events)), text_of)
+    assert (said.token_ids, said.unsure) == (kept, 0)
+    assert tokenizer.decode(kept) == said.text
+
+
+async def test_what_came_token_by_token_is_not_asked_about():
+    async def text_of(ids):
+        raise AssertionError(ids)
+
+    said = said_in(event("a", [97]) + event("b", [98]) + event("", [0xC3]))
+    assert (await without_half_characters(said, text_of)).token_ids == (97, 98)
+
+
+@pytest.mark.parametrize("told", [None, "\ufffd"])
+async def test_without_an_answer_about_a_merged_event_only_its_text_is_used(told):
+    async def text_of(ids):
+        return told
+
+    said = await without_half_characters(said_in(event("a", [97]) + event("b", [98, 0xC3])), text_of)
+    assert (said.token_ids, said.text, said.tokens) == (None, "ab", 3)
 
 
 def test_without_ids_the_events_with_text_are_counted():

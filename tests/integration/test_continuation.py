@@ -8,7 +8,9 @@ import json
 import pytest
 
 from gateway.config import AdmissionSettings, ContinuationSettings, EngineClientSettings
+from loadtest import tokenizer
 from tests.integration.harness import CHAT, COMPLETIONS, MODEL, Site, Start, chat_body, events, words
+from tests.integration.scripted_engine import CHUNKED, DONE, Received, chunk, serving, whole
 from tests.polling import until
 
 PROMPT = words(200)
@@ -170,3 +172,38 @@ async def test_a_long_prompt_is_continued_with_what_was_said_and_not_with_its_ol
     break_decodes(site)
     _, stream, _ = await site.post(path, body)
     assert plain(stream) == plain(undisturbed)
+
+
+def piece(text: str, ids: list[int], prompt_ids: list[int] | None = None, finish: str | None = None) -> bytes:
+    """One event of a completion as one HTTP chunk."""
+    choice = {"index": 0, "text": text, "token_ids": ids, "prompt_token_ids": prompt_ids, "finish_reason": finish}
+    named = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": MODEL, "choices": [choice]}
+    return chunk(b"data: " + json.dumps(named).encode() + b"\n\n")
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["engine_tells", "engine_does_not_tell"])
+async def test_the_rest_is_asked_for_after_a_whole_character(start, tells):
+    """An engine whose prompt ends in half a character says the whole prompt again (real vLLM does)."""
+    asked: list[object] = []
+
+    async def play(received: Received, writer: asyncio.StreamWriter) -> None:
+        if received.path == "/detokenize":
+            text = tokenizer.decode(received.body["tokens"])
+            writer.write(whole(json.dumps({"prompt": text}).encode()) if tells else whole(b"{}", status=404))
+            return
+        asked.append(received.body["prompt"])
+        if len(asked) == 1:
+            writer.write(CHUNKED + piece("a", [97], [104, 105]) + piece("b", [98, 0xC3]))
+            await writer.drain()
+            writer.close()
+            return
+        rest = [piece("", [0xC3]), piece("é", [0xA9], finish="length")]
+        writer.write(CHUNKED + b"".join(rest) + chunk(DONE) + b"0\r\n\r\n")
+
+    async with serving(play) as one, serving(play) as other:
+        site = await start("", engines=[one.settings("e0"), other.settings("e1")])
+        await one.is_up(site)
+        body = {"model": MODEL, "prompt": "hi", "temperature": 0, "max_tokens": 4, "stream": True}
+        _, stream, _ = await site.post(COMPLETIONS, body)
+    assert text_of(stream) == "abé"
+    assert asked[1] == ([104, 105, 97, 98] if tells else "hiab")
