@@ -98,18 +98,23 @@ class Attempt:
         engines: Engines,
         limits: CallLimits,
         on_prefilled: Callable[[Prefilled], None],
+        down_reason: Callable[[str], str | None],
         *,
         is_stream: bool,
         trail: Trail | None = None,
         on_hang_up: Callable[[Call], None] = lambda call: None,
     ) -> None:
-        """With a `trail` each engine is told the span of its leg as its caller."""
+        """`down_reason` tells why no answer of an engine is to be waited for, None where one is.
+
+        With a `trail` each engine is told the span of its leg as its caller.
+        """
         self._trail = trail
         self._on_hang_up = on_hang_up
         self._exchange = exchange
         self._engines = engines
         self._limits = limits
         self._on_prefilled = on_prefilled
+        self._down_reason = down_reason
         self._is_stream = is_stream
         self._calls: dict[Leg, EngineCall] = {}
         self._happenings: asyncio.Queue[Happening | StaleConnection] = asyncio.Queue()
@@ -174,6 +179,11 @@ class Attempt:
             call, pool, self._limits, self._happenings.put_nowait, is_whole=is_whole, on_hang_up=self._on_hang_up
         )
         self._calls[call.leg] = engine_call
+        if (
+            reason := self._down_reason(call.engine.id)
+        ) is not None:  # since it was decided; it would hear nothing more
+            engine_call.give_up(reason)
+            return
         await engine_call.send(self._engines.request_head(call))
 
 
@@ -352,6 +362,7 @@ class Dispatcher:
             self._engines,
             self._limits,
             prefilled,
+            self._driver.down_reason,
             is_stream=payload.is_stream,
             trail=serving.trail,
             on_hang_up=self._on_hang_up,

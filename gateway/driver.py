@@ -15,7 +15,7 @@ import structlog
 
 from gateway.core.events import Event, Left, PrefillDone
 from gateway.core.scheduler import Scheduler
-from gateway.core.types import Decision, Dispatch, Engine, Estimate, HandOff, Reject, Request, Wait
+from gateway.core.types import Decision, Dispatch, Engine, Estimate, HandOff, Health, Reject, Request, Wait
 from gateway.journal import Journal
 from gateway.records import KEPT_CANDIDATES, Recorder
 
@@ -80,6 +80,13 @@ class Driver:
         """What is known of an engine; None when it left."""
         state = self.scheduler.cluster.engines.get(engine_id)
         return None if state is None else state.engine
+
+    def down_reason(self, engine_id: str) -> str | None:
+        """Why no answer is expected of an engine; None where one is."""
+        state = self.scheduler.cluster.engines.get(engine_id)
+        if state is None:
+            return "the engine left"
+        return state.health_reason if state.health is Health.DOWN else None
 
     def adapter_name(self, engine_id: str) -> str | None:
         """Which kind of engine it is; None when it left. May be asked from any thread."""

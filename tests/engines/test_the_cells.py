@@ -16,7 +16,7 @@ from loadtest.engine_process import MODEL
 from loadtest.vllm_process import VllmEngine, VllmFleet
 from tests.engines.conftest import until
 from tests.engines.metrics import read_metrics
-from tests.engines.prompts import Prompt, ask, make_prompts
+from tests.engines.prompts import Answer, Prompt, ask, make_prompts
 
 pytestmark = [pytest.mark.engines, pytest.mark.asyncio(loop_scope="session")]
 
@@ -31,6 +31,8 @@ HOSTILE: dict[str, object] = {
 DEADLY = {"do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [], "remote_engine_id": "x"}
 DEADLY |= {"remote_request_id": "y", "remote_host": "127.0.0.1", "remote_port": 9, "tp_size": 1}
 IDLE_S = 5.0
+FROZEN_S = 20.0
+CLIENTS = 8
 LEAVES = ["at once", "while it is prefilled", "with its first token", "in the middle", "before it is answered"]
 
 
@@ -126,3 +128,39 @@ async def test_a_client_that_leaves_leaves_nothing_behind(
 
     assert await until(is_over, IDLE_S)
     ended(f"client leaves {point}", "both legs hung up", "left", began_at)
+
+
+async def test_a_prefill_engine_killed_at_work_costs_no_client_its_answer(
+    gateway: str, fleet: VllmFleet, session: aiohttp.ClientSession
+) -> None:
+    prompts = [a_prompt(600 + n, max_tokens=8) for n in range(CLIENTS)]
+    clients = [asyncio.create_task(ask(session, gateway, prompt)) for prompt in prompts]
+
+    async def is_computing() -> bool:
+        return not await is_idle(session, fleet["p0"])
+
+    assert await until(is_computing, 30)
+    began_at = time.monotonic()
+    await fleet["p0"].kill()
+    answers: list[Answer] = await asyncio.gather(*clients)
+    ended("prefill dies at work", "tried anew", f"{CLIENTS} whole answers, the last after this time", began_at)
+    assert any(each.headers["x-sluice-attempts"] != "1" for each in answers)
+    assert answers == [await ask(session, gateway, prompt) for prompt in prompts]
+
+
+async def test_a_decode_engine_that_freezes_costs_no_client_its_answer(
+    gateway: str, fleet: VllmFleet, session: aiohttp.ClientSession
+) -> None:
+    prompts = [a_prompt(700 + n, max_tokens=8) for n in range(CLIENTS)]
+    clients = [asyncio.create_task(ask(session, gateway, prompt)) for prompt in prompts]
+    victim = fleet["d0"]
+    victim.freeze()
+    try:
+        began_at = time.monotonic()
+        answers: list[Answer] = await asyncio.gather(*clients)
+        elapsed_s = ended("decode freezes", "tried anew", f"{CLIENTS} answers, the last after this time", began_at)
+    finally:
+        await victim.kill()
+    assert any(each.headers["x-sluice-attempts"] != "1" for each in answers)
+    assert elapsed_s < FROZEN_S
+    assert answers == [await ask(session, gateway, prompt) for prompt in prompts]

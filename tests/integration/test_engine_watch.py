@@ -14,6 +14,8 @@ from tests.integration.harness import CHAT, MODEL, Site, chat_body, events, word
 from tests.integration.scripted_engine import CHUNKED, DONE, ScriptedEngine, chunk, says, serving, token
 from tests.polling import until
 
+LEASE_S = 25.0
+"""Of KV that waits for its decode engine, by default."""
 NERVOUS = WatchSettings(
     health_interval_s=0.03, report_interval_s=0.03, timeout_s=0.15, report_stale_s=1.0, failures_to_down=2
 )
@@ -61,6 +63,26 @@ async def test_what_waits_on_an_engine_that_falls_silent_is_retried_at_once(star
     assert (result.error, result.headers["x-sluice-prefill"]) == (None, other)
     site[victim].faults.is_silent = False
     await until(lambda: site.is_up(victim))
+
+
+async def test_a_decode_engine_that_fell_silent_during_the_prefill_is_not_asked(start):
+    """It was decided upon before, and would be waited for until the lease ends."""
+    site = await start("pdd", watch=NERVOUS)
+    site["p0"].freeze()
+    asking = asyncio.create_task(site.ask(words(200)))
+    await until(lambda: site.busy("p0") == 1)
+    (reservation,) = site.state.reservations.values()
+    victim = reservation.estimate.decode
+    site[victim].freeze()
+    site[victim].faults.is_silent = True
+    await until(lambda: not site.is_up(victim))
+    site["p0"].thaw()
+    async with asyncio.timeout(LEASE_S / 2):
+        result = await asking
+    assert (result.error, result.headers["x-sluice-attempts"]) == (None, "2")
+    assert result.headers["x-sluice-decode"] == ("d1" if victim == "d0" else "d0")
+    assert not site[victim].engine.counters.generated_tokens
+    site[victim].faults.is_silent = False
 
 
 async def test_a_stream_goes_on_although_its_engine_answers_no_probe_any_more(start):
