@@ -43,8 +43,9 @@ class EventCounter:
 
         Raises MalformedEngineData when one event is longer than the limit.
         """
-        if self._lines.is_between_events and (count := _plain_events(chunk)) and len(chunk) <= self._lines.limit:
-            self._lines.skips_lf = False
+        lines = self._lines
+        if lines.is_between_events and len(chunk) <= lines.limit and (count := _plain_events(chunk)):
+            lines.skips_lf = False
             self._tail = chunk
             return count
         return self._feed_lines(chunk)
@@ -87,11 +88,12 @@ def first_event(buffer: bytes, max_event_bytes: int = MAX_EVENT_BYTES) -> tuple[
 
 def _plain_events(chunk: bytes) -> int:
     """How many events the chunk is, when it is nothing but whole events of one data line each; else 0."""
-    if not (chunk.startswith(b"data:") and chunk.endswith(b"\n\n")) or b"\r" in chunk:
+    # `find` costs half of `in`, which tries first whether its left side is a number.
+    if not (chunk.startswith(b"data:") and chunk.endswith(b"\n\n")) or chunk.find(b"\r") >= 0:
         return 0
     if chunk.find(b"\n") == len(chunk) - 2:
         # An event of a generation begins so; any other is held against the special ones.
-        return 1 if chunk.startswith(_PLAIN) else 0 if chunk.startswith(_SPECIAL) else 1
+        return 1 if chunk.startswith(_PLAIN) or not chunk.startswith(_SPECIAL) else 0
     count = chunk.count(_NEXT) + 1
     is_plain = chunk.count(b"\n") == 2 * count and _DONE not in chunk and _ERROR not in chunk
     return count if is_plain else 0

@@ -96,10 +96,10 @@ class Continuation:
         """Keeps whole events of the engine; returns what the client is to see of them."""
         if not self._is_full:
             size = len(events)
-            self._size += size
-            self._raw.append(events)
-            if self._size > self._max_bytes or not self._memory.take(size):
-                self._size -= size
+            if self._size + size <= self._max_bytes and self._memory.take(size):
+                self._size += size
+                self._raw.append(events)
+            else:
                 self.close()
         if self._rewriting is not None:
             return self._rewritten(events, self._rewriting)

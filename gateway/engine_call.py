@@ -42,6 +42,10 @@ class BodySink(Protocol):
     def flush(self) -> None:
         """All pieces of one read were given."""
 
+    def chunk(self, framed: bytes, start: int) -> None:
+        """One read was one whole chunk, nothing given before it waits for a flush, and its data end with an event:
+        `framed[start:-2]`. What comes before and after them is HTTP's canonical framing of a chunk."""
+
     def end(self) -> None:
         """The body is complete."""
 
@@ -125,7 +129,7 @@ class EngineCall:
         self._stop_timer()
         self._relay = sink
         if self._connection is not None and not self._is_ended:
-            self._connection.pipe(sink.data, sink.flush)
+            self._connection.pipe(sink.data, sink.flush, sink.chunk)
         if held := self.take_held():
             sink.data(held)
             sink.flush()

@@ -77,10 +77,12 @@ class StreamRelay:
         self._on_progress = on_progress
         self._continuation = continuation
         self._transport = cast(asyncio.Transport, request.transport)
+        self._protocol = request.protocol
         self._is_chunked = False
         self._counter = EventCounter()
         self._gaps = GapHistogram()
         self._loop = asyncio.get_running_loop()
+        self._time = self._loop.time
         self._pieces: list[bytes] = []
         self._tail = b""
         """The beginning of an event whose end has not come yet."""
@@ -164,12 +166,31 @@ class StreamRelay:
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
         whole = self._take_whole(data)
-        transport = self._transport
-        if not whole or transport.is_closing():
+        if whole and not self._transport.is_closing():
+            self._write(b"%x\r\n%b\r\n" % (len(whole), whole) if self._is_chunked else whole, len(whole))
+
+    def chunk(self, framed: bytes, start: int) -> None:
+        if self._tail:
+            self.data(framed[start:-2])
+            self.flush()
             return
-        self._sent_bytes += len(whole)
-        transport.write(b"%x\r\n%b\r\n" % (len(whole), whole) if self._is_chunked else whole)
-        if self._request.protocol.writing_paused:
+        data = framed[start:-2]
+        self._heard_at = self._time()
+        shown = self._noted(data)
+        if not shown or self._transport.is_closing():
+            return
+        if not self._is_chunked:
+            self._write(shown, len(shown))
+        elif shown is data:  # nothing of it changed: its framing is what ours would be
+            self._write(framed, len(shown))
+        else:
+            self._write(b"%x\r\n%b\r\n" % (len(shown), shown), len(shown))
+
+    def _write(self, framed: bytes, size: int) -> None:
+        """Writes `size` bytes of events in their framing; where the client does not read, the engine has to wait."""
+        self._sent_bytes += size
+        self._transport.write(framed)
+        if self._protocol.writing_paused:
             self._call.pause()
             self._totals.stall_count += 1
             self._wake(Turn.CLIENT_IS_SLOW)
@@ -187,17 +208,21 @@ class StreamRelay:
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _take_whole(self, data: bytes) -> bytes:
-        """The whole events in `data` and what was left before it; the rest is kept. Counts and times the events."""
-        self._heard_at = heard_at = self._loop.time()
+        """What the client is to see of the whole events in `data` and what was left before it; the rest is kept."""
+        self._heard_at = self._loop.time()
         if self._tail or not data.endswith(b"\n\n"):
             data = self._tail + data
             cut = last_boundary(data)
             data, self._tail = data[:cut], data[cut:]
-        try:
             if len(self._tail) > MAX_EVENT_BYTES:
-                raise MalformedEngineData(f"the engine sent an event of more than {MAX_EVENT_BYTES} bytes")
-            if not data:
-                return data
+                self._call.close()
+                self._fail(f"the engine sent an event of more than {MAX_EVENT_BYTES} bytes")
+                return b""
+        return self._noted(data) if data else data
+
+    def _noted(self, data: bytes) -> bytes:
+        """What the client is to see of whole events, which are counted and timed."""
+        try:
             if self._continuation is not None:
                 data = self._continuation.take(data)
             events = self._counter.feed(data) if data else 0
@@ -206,6 +231,7 @@ class StreamRelay:
             self._fail(error.message)
             return b""
         if events:
+            heard_at = self._heard_at
             if self._events:
                 self._gaps.add(heard_at - self._event_at, events)
             self._event_at = heard_at

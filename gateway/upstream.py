@@ -29,6 +29,9 @@ token is 250 bytes, and 128 KB under way are 128 MB/s at a millisecond's distanc
 MAX_HEAD_BYTES = 65_536
 """A response head beyond this is garbage. Precedent: aiohttp and h11 refuse far smaller ones."""
 
+EVENT_CHUNK_END = b"\n\n\r\n"
+"""How a chunk ends whose last bytes are the end of an event."""
+
 
 class ResponseSink(Protocol):
     """Where a response goes, piece by piece, on the event loop. `end` or `broken` comes last, exactly once."""
@@ -62,6 +65,10 @@ class EngineConnection(asyncio.Protocol):
         self._sink: ResponseSink | None = None
         self._take: Callable[[bytes], None] = _ignore
         self._flush: Callable[[], None] = _ignore
+        self._piped_chunk: Callable[[bytes, int], None] | None = None
+        self._take_chunk: Callable[[bytes, int], None] | None = None
+        """`_piped_chunk` while the parser stands between two chunks, so that a whole one may pass it by."""
+        self._is_between_chunks = False
         self._headers: dict[bytes, bytes] = {}
         self._head_bytes = 0
         self._is_head_done = False
@@ -86,19 +93,27 @@ class EngineConnection(asyncio.Protocol):
             sink.broken(Cause.LOST, "connection closed by the engine")
             return
         self._sink, self._take, self._flush = sink, sink.body, sink.flush
+        self._piped_chunk = self._take_chunk = None
+        self._is_between_chunks = False
         self._parser = httptools.HttpResponseParser(self)
         self._headers, self._head_bytes = {}, 0
         self._is_head_done = self._is_until_close = False
         self._transport.writelines((request, body))
 
-    def pipe(self, take: Callable[[bytes], None], flush: Callable[[], None]) -> None:
-        """The rest of the body under way goes to these two, past the sink, which is told of its end alone: two calls
-        less for every chunk."""
-        self._take, self._flush = take, flush
+    def pipe(
+        self, take: Callable[[bytes], None], flush: Callable[[], None], chunk: Callable[[bytes, int], None]
+    ) -> None:
+        """The rest of the body under way goes to these, past the sink, which is told of its end alone.
+
+        A read that is one whole chunk with the end of an event at its end, which is how engines write their tokens,
+        goes to `chunk` as it came, with the offset at which its data begins (two bytes follow them), past the parser.
+        All else is parsed and goes to `take` piece by piece, and `flush` is called after each read.
+        """
+        self._take, self._flush, self._piped_chunk = take, flush, chunk
 
     def abort(self) -> None:
         """Closes at once and tells the sink nothing more. To an engine this is the order to abort the request."""
-        self._sink = None
+        self._sink = self._take_chunk = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -123,6 +138,12 @@ class EngineConnection(asyncio.Protocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
 
     def data_received(self, data: bytes) -> None:
+        # Between two chunks a whole one leaves the parser as it is: it is the same whether it is fed or not.
+        if self._take_chunk is not None and data.endswith(EVENT_CHUNK_END):
+            size_line = _size_line(len(data))
+            if size_line and data.startswith(size_line):
+                self._take_chunk(data, len(size_line))
+                return
         if self._sink is None or self._parser is None:
             self.abort()  # bytes nobody asked for
             return
@@ -138,6 +159,9 @@ class EngineConnection(asyncio.Protocol):
             self._fail(Cause.GARBAGE, f"response head over {MAX_HEAD_BYTES} bytes")
         elif self._sink is not None:
             self._flush()
+            # A rest that begins the next chunk's size line ends before its CRLF, or `on_chunk_header` was called.
+            is_between = self._is_between_chunks and data.endswith(b"\r\n")
+            self._take_chunk = self._piped_chunk if is_between else None
 
     def eof_received(self) -> bool:
         if self._is_until_close and self._sink is not None:
@@ -152,7 +176,7 @@ class EngineConnection(asyncio.Protocol):
             self._fail(Cause.LOST, str(exc) if exc else "connection closed by the engine")
 
     def _fail(self, cause: Cause, detail: str) -> None:
-        sink, self._sink = self._sink, None
+        sink = self._sink
         self.abort()
         if sink is not None:
             sink.broken(cause, detail)
@@ -177,6 +201,12 @@ class EngineConnection(asyncio.Protocol):
         if self._sink is not None:
             self._sink.head(status, headers)
 
+    def on_chunk_header(self) -> None:
+        self._is_between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._is_between_chunks = True
+
     def on_body(self, data: bytes) -> None:
         if self._sink is not None:
             self._take(data)
@@ -190,6 +220,7 @@ class EngineConnection(asyncio.Protocol):
         if sink is None:
             return
         self._flush()
+        self._piped_chunk = self._take_chunk = None
         self._take = self._flush = _ignore  # a sink that is done is not kept alive by an idle connection
         self.resume()  # a slow client's pause ends with its answer: the next request's answer is another's
         if self._parser.should_keep_alive() and self.is_open:
@@ -201,6 +232,17 @@ class EngineConnection(asyncio.Protocol):
 
 def _ignore(*_: object) -> None:
     """Nobody listens."""
+
+
+@lru_cache(maxsize=4096)
+def _size_line(chunk_bytes: int) -> bytes:
+    """The size line of a chunk of so many bytes in all, as engines and this gateway write it: lower case, no zeros in
+    front, no extension. Empty where no chunk has so many, and for data too short to be an event's end."""
+    for digits in range(1, 9):
+        size_line = b"%x\r\n" % max(0, chunk_bytes - digits - 4)
+        if len(size_line) == digits + 2:
+            return size_line if chunk_bytes >= digits + 6 else b""
+    return b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,9 @@ class Sink:
     def flush(self) -> None:
         pass
 
+    def chunk(self, framed: bytes, start: int) -> None:
+        self.data_ += framed[start:-2]
+
     def end(self) -> None:
         self.ending = "end"
 

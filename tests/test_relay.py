@@ -135,6 +135,20 @@ async def test_an_event_in_two_pieces_goes_out_whole(bench):
     assert (body_of(raw), end.failure) == (token("x") + event + DONE, None)
 
 
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+async def test_chunks_one_by_one_are_the_same_as_all_at_once(bench, version):
+    events = [token("a" * size) for size in (1, 30, 4_000)]
+    torn = [token("torn")[:20], token("torn")[20:], b": quiet\n\n", b"data: {}\n\ndata: {}\n\n"]
+    parts = [chunk(part) for part in (*events, *torn, *events, USAGE, DONE)]
+    raw, end = await bench.relay(await slowly(CHUNKED, *parts, b"0\r\n\r\n"), version=version)
+    body = body_of(raw) if version == b"1.1" else head_and_body(raw)[2]
+    assert body == b"".join((*events, *torn, *events, USAGE, DONE))
+    assert (end.output_tokens, end.prompt_tokens, end.failure) == (2, 5, None)
+    at_once, same = await bench.relay(says(CHUNKED + b"".join(parts) + b"0\r\n\r\n"), version=version)
+    assert body == (body_of(at_once) if version == b"1.1" else head_and_body(at_once)[2])
+    assert (same.output_tokens, same.prompt_tokens) == (2, 5)
+
+
 async def test_progress_is_told_now_and_then(bench):
     events = [chunk(token("x"))] * (3 * PROGRESS_EVENTS)
     await bench.relay(

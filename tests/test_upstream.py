@@ -6,9 +6,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adapters.base import Cause
-from gateway.upstream import MAX_HEAD_BYTES, Address, ConnectionPool, EngineConnection
+from gateway.upstream import MAX_HEAD_BYTES, Address, ConnectionPool, EngineConnection, _size_line
 from tests.polling import until
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi"
@@ -284,10 +286,133 @@ async def test_a_body_that_is_piped_passes_the_sink_by_and_only_until_its_answer
     connection, piped, flushed = await engine.pool.connect(), [], []
     sink = Sink()
     connection.send(HEAD, b"x", sink)
-    connection.pipe(piped.append, lambda: flushed.append(len(piped)))
+    connection.pipe(piped.append, lambda: flushed.append(len(piped)), no_chunk)
     async with asyncio.timeout(3):
         await sink.over.wait()
     assert (b"".join(piped), sink.data, sink.ending) == (b"hi!", b"", "end")
     assert flushed[-1] == len(piped)
     after = await engine.ask(connection)
     assert (after.data, after.ending, b"".join(piped)) == (b"hi", "end", b"hi!")
+
+
+def no_chunk(framed: bytes, start: int) -> None:
+    raise AssertionError(f"{framed!r} came as a whole chunk")
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+EVENT = b"data: {}\n\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Nowhere(asyncio.Transport):
+    """A transport that sends nothing: each read is what a test says it is."""
+
+    def writelines(self, list_of_data) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
+@dataclass
+class Reads:
+    """An answer that is piped, given read by read."""
+
+    sink: Sink = field(default_factory=Sink)
+    pieces: list[bytes] = field(default_factory=list)
+    chunks: list[bytes] = field(default_factory=list)
+    all: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.connection = EngineConnection(lambda idle: None, lambda closed: None)
+        self.connection.connection_made(Nowhere())
+        self.connection.send(HEAD, b"x", self.sink)
+        self.connection.data_received(CHUNKED)
+        self.connection.pipe(self.piece, lambda: None, self.chunk)
+
+    def piece(self, data: bytes) -> None:
+        self.pieces.append(data)
+        self.all.append(data)
+
+    def chunk(self, framed: bytes, start: int) -> None:
+        self.chunks.append(framed[start:-2])
+        self.all.append(framed[start:-2])
+
+
+def read(*reads: bytes) -> Reads:
+    answer = Reads()
+    for each in reads:
+        answer.connection.data_received(each)
+    return answer
+
+
+def test_a_read_that_is_one_whole_chunk_passes_the_parser_by():
+    events = [b"data: %b\n\n" % (b"x" * size) for size in (1, 7, 8, 200, 240, 4_070, 5_000)]
+    answer = read(chunk(EVENT), *map(chunk, events), b"0\r\n\r\n")
+    assert (answer.pieces, answer.chunks, answer.sink.ending) == ([EVENT], events, "end")
+
+
+@pytest.mark.parametrize(
+    ("reads", "data"),
+    [
+        ([chunk(EVENT)[:5], chunk(EVENT)[5:]], EVENT),
+        ([chunk(EVENT)[:-1], b"\n"], EVENT),
+        ([chunk(EVENT) + chunk(EVENT)], EVENT + EVENT),
+        ([chunk(b"data: half"), chunk(b" an event\n\n")[:-2], b"\r\n"], b"data: half an event\n\n"),
+        ([chunk(EVENT) + b"a\r\n", EVENT + b"\r\n"], EVENT + EVENT),
+        ([b"0A\r\n" + EVENT + b"\r\n"], EVENT),
+        ([b"A\r\n" + EVENT + b"\r\n"], EVENT),
+        ([b"a;x=y\r\n" + EVENT + b"\r\n"], EVENT),
+        ([chunk(b"data: a\r\n\r\n")], b"data: a\r\n\r\n"),
+        ([chunk(b"\n")], b"\n"),
+    ],
+)
+def test_what_is_not_one_whole_chunk_of_events_is_parsed(reads, data):
+    first, then, last = b"data: first\n\n", b"data: then\n\n", b"data: last\n\n"
+    answer = read(chunk(first), *reads, chunk(then), chunk(last), b"0\r\n\r\n")
+    assert (b"".join(answer.all), answer.sink.ending) == (first + data + then + last, "end")
+    assert answer.chunks in ([last], [then, last])  # after a cut CRLF the parser takes one chunk more
+
+
+@pytest.mark.parametrize("size", [b"+a", b"0xa", b"1_0", b" a", b"9", b"-a", b"ffffffffffffffffff"])
+def test_a_size_that_is_none_is_refused_by_the_parser(size):
+    answer = read(chunk(EVENT), size + b"\r\n" + EVENT + b"\r\n", chunk(EVENT))
+    assert (answer.chunks, answer.sink.ending) == ([], Cause.GARBAGE)
+
+
+def test_after_its_end_or_an_abort_an_answer_gives_no_chunks():
+    ended = read(chunk(EVENT), b"0\r\n\r\n", chunk(EVENT))
+    assert (ended.chunks, ended.sink.ending) == ([], "end")
+    aborted = read(chunk(EVENT), chunk(EVENT))
+    aborted.connection.abort()
+    aborted.connection.data_received(chunk(EVENT))
+    assert aborted.chunks == [EVENT]
+
+
+@given(
+    st.lists(st.sampled_from([EVENT, EVENT * 30, b"data: a\n", b"\n", b"\n\n", b"data: b\r\n\r\n"]), max_size=12),
+    st.lists(st.integers(0, 5_000), max_size=12),
+)
+def test_however_an_answer_was_cut_its_data_are_the_same_and_in_order(datas, cuts):
+    raw = b"".join(map(chunk, datas)) + b"0\r\n\r\n"
+    ends = sorted({cut % len(raw) for cut in cuts} | {len(raw)})
+    answer = read(*[raw[start:end] for start, end in zip([0, *ends], ends, strict=False) if end > start])
+    assert (b"".join(answer.all), answer.sink.ending) == (b"".join(datas), "end")
+
+
+def test_the_size_line_of_a_chunk_is_told_by_its_bytes_in_all():
+    """A chunk of 16 bytes has 22 in all, one of 15 has 20; none has 21."""
+    sizes = {len(chunk(b"x" * size)): size for size in range(2, 70_000)}
+    told = {total: _size_line(total) for total in range(70_000)}
+    assert {total: int(line, 16) for total, line in told.items() if line} == {
+        total: size for total, size in sizes.items() if total < 70_000
+    }

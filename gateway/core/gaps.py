@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
 SHORTEST_S = 1e-4
 BUCKETS_PER_DOUBLING = 4
 """Bucket edges 19 % apart; a bucket keeps its sum, so only a bucket cut by the 10 % line is approximated."""
 BUCKETS = 1 + 20 * BUCKETS_PER_DOUBLING
 """Up to 100 s; longer gaps share the last bucket and keep their true sum."""
+EDGES_S = tuple(SHORTEST_S * 2 ** (number / BUCKETS_PER_DOUBLING) for number in range(BUCKETS - 1))
+"""Where each bucket but the first begins."""
 SLOW_RATIO = 0.1
 
 
@@ -25,14 +28,13 @@ class GapHistogram:
 
     def add(self, gap_s: float, count: int = 1) -> None:
         """`count` tokens arrived together, `gap_s` >= 0 after the one before: one gap of that length, zeros else."""
-        bucket = 0
-        if gap_s > SHORTEST_S:
-            bucket = min(BUCKETS - 1, 1 + int(math.log2(gap_s / SHORTEST_S) * BUCKETS_PER_DOUBLING))
+        bucket = bisect_left(EDGES_S, gap_s)
         self._counts[bucket] += 1
         self._sums[bucket] += gap_s
-        self._counts[0] += count - 1
-        self.count += count
         self.total_s += gap_s
+        self.count += count
+        if count > 1:
+            self._counts[0] += count - 1
 
     @property
     def mean_s(self) -> float | None:
