@@ -278,5 +278,7 @@ class EngineCall:
 
 def last_boundary(data: bytes) -> int:
     """Where the last whole event of `data` ends: the offset after its blank line, 0 when there is none."""
-    ends = (data.rfind(separator) + len(separator) for separator in BLANK_LINES if separator in data)
-    return max(ends, default=0)
+    if data.endswith(b"\n\n"):
+        return len(data)
+    starts = [(data.rfind(separator), len(separator)) for separator in BLANK_LINES]
+    return max(start + size if start >= 0 else 0 for start, size in starts)

@@ -35,11 +35,6 @@ class Gathered:
     payload: Payload
     tokenised: Tokenised
 
-    def promised(self, promise: Promise, tenant: str) -> Gathered:
-        """The same with what it is promised, and whose it is."""
-        request = replace(self.request, slo=promise.slo, priority=promise.priority, tenant=tenant)
-        return replace(self, request=request)
-
 
 class Gather:
     """Turns payloads into requests."""
@@ -52,8 +47,8 @@ class Gather:
         self._is_sound: dict[str, bool] = {}
         """Model -> whether our tokenizer gave the ids that an engine gave."""
 
-    async def __call__(self, payload: Payload, *, arrived_at: float) -> Gathered:
-        """What the core needs to know of this request. Never fails: what cannot be known is estimated."""
+    async def __call__(self, payload: Payload, *, arrived_at: float, promise: Promise, tenant: str) -> Gathered:
+        """What the core needs to know of a request of that tenant. Never fails: what cannot be known is estimated."""
         tokenised = await self._tokenise(payload)
         if tokenised.ids is not None and await self._may_pass_on(payload, tokenised):
             payload = replace(payload, token_ids=tokenised.ids)
@@ -66,6 +61,9 @@ class Gather:
             max_output_tokens=payload.max_output_tokens,
             can_hand_off=payload.can_hand_off,
             block_hashes=self._block_hashes(payload, tokenised),
+            slo=promise.slo,
+            priority=promise.priority,
+            tenant=tenant,
         )
         return Gathered(request, payload, tokenised)
 

@@ -220,8 +220,7 @@ class Handlers:
                 past = Reject(exchanged.id, RejectReason.DEADLINE_PAST, error.message)
                 return self._refused_by_tenant(past, exchanged)
             exchanged.slo = trail.slo = promise.slo
-            gathered = await self._gather(payload, arrived_at=exchanged.began_at)
-            gathered = gathered.promised(promise, tenant.name)
+            gathered = await self._gather(payload, arrived_at=exchanged.began_at, promise=promise, tenant=tenant.name)
             trail.gathered(gathered.request, now=self._driver.now())
             reject = tenant.refuse_tokens(exchanged.id, gathered.request.prompt_tokens, now=self._driver.now())
             if reject is not None:

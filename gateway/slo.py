@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from adapters.headers import DEADLINE, PRIORITY, TBT, TPOT, TTFT
+from adapters.headers import DEADLINE, PRIORITY, PROMISES, TBT, TPOT, TTFT
 from gateway.core.errors import BadRequest
 from gateway.core.types import RejectReason, Slo
 from gateway.tenants import ModelSettings, SloSettings, TenantSettings
@@ -61,6 +61,8 @@ class Promises:
     def __init__(self, slo: SloSettings, models: Sequence[ModelSettings] = ()) -> None:
         self._slo = slo
         self._models = {model.name: model for model in models}
+        self._by_settings: dict[tuple[str | None, str | None], tuple[TenantSettings | None, Promise]] = {}
+        """What a tenant gets for a model when it asks for nothing; at most one for each two that settings name."""
 
     def of(
         self, headers: Sequence[tuple[str, str]], tenant: TenantSettings | None, model: str | None, *, unix_s: float
@@ -69,6 +71,20 @@ class Promises:
 
         Raises BadRequest, the header in `param`, for what cannot be meant, and DeadlinePast.
         """
+        if all(name.lower() not in PROMISES for name, _ in headers):
+            return self._unasked(tenant, model if model in self._models else None, unix_s)
+        return self._asked(headers, tenant, model, unix_s)
+
+    def _unasked(self, tenant: TenantSettings | None, model: str | None, unix_s: float) -> Promise:
+        key = tenant.name if tenant is not None else None, model
+        known = self._by_settings.get(key)
+        if known is None or known[0] is not tenant:
+            known = self._by_settings[key] = tenant, self._asked((), tenant, model, unix_s)
+        return known[1]
+
+    def _asked(
+        self, headers: Sequence[tuple[str, str]], tenant: TenantSettings | None, model: str | None, unix_s: float
+    ) -> Promise:
         defaults = [who for who in (tenant, self._models.get(model or ""), self._slo) if who is not None]
         return Promise(
             Slo(
@@ -93,7 +109,8 @@ class Promises:
 
 def single(headers: Sequence[tuple[str, str]], name: str) -> str | None:
     """The value of a header that may stand once; None when it is not there. Raises BadRequest when it is repeated."""
-    values = [value for key, value in headers if key.lower() == name.lower()]
+    wanted = name.lower()
+    values = [value for key, value in headers if key.lower() == wanted]
     if len(values) > 1:
         raise BadRequest(f"`{name}` is given {len(values)} times.", param=name)
     return values[0].strip() if values else None

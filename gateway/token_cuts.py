@@ -21,8 +21,10 @@ import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-TARGET_CHARS = 4096
-"""Least length of a part: shorter parts cost more in calls and cache entries than they save."""
+TARGET_CHARS = 1024
+"""Least length of a part. Of a conversation that goes on, the last part is encoded anew with each turn (0.27 us per
+character), and each part before it is looked up (2 us). Turns of 1 KB on 200 KB: 2.65 ms per request, 2.9 with parts of
+2,048, 3.55 with 4,096."""
 
 LONGEST_CHARS = 16384
 """Length from which a part is cut between words: about 4 ms of encoding, 0.2 ms of holding the interpreter."""

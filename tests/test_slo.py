@@ -41,6 +41,16 @@ def test_what_a_header_does_not_say_the_tenant_says_then_the_model_then_the_sett
     assert promise(model="other", tenant=None, ttft_s=9.0).slo == Slo(ttft_s=9.0)
 
 
+def test_requests_that_ask_for_nothing_get_each_what_its_tenant_and_model_give() -> None:
+    promises = Promises(SloSettings(ttft_s=9.0), [ModelSettings(name="slow", ttft_s=30.0)])
+    quick, changed = (TenantSettings(name="quick", ttft_s=ttft_s) for ttft_s in (1.0, 2.0))
+    asks = [(None, None), (None, "slow"), (None, "other"), (quick, "slow"), (NOBODY, "slow"), (changed, "slow")]
+    for _ in range(2):
+        got = [promises.of((("accept", "*/*"),), tenant, model, unix_s=NOW_S).slo.ttft_s for tenant, model in asks]
+        assert got == [9.0, 30.0, 9.0, 1.0, 30.0, 2.0]
+    assert promises.of(((TTFT, "50"),), quick, "slow", unix_s=NOW_S).slo.ttft_s == 0.05
+
+
 def test_none_takes_a_default_away() -> None:
     assert promise((TTFT, "none"), ttft_s=9.0, tbt_s=0.1).slo == Slo(tbt_s=0.1)
 
