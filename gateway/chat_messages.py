@@ -117,6 +117,8 @@ def _message(message: object, form: ContentFormat) -> Message:
 
 
 def _content(content: object, role: str, form: ContentFormat) -> str | list[Message]:
+    if isinstance(content, str) and form is ContentFormat.STRING and role != "system":
+        return content
     parts = [] if content is None else [content] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise NotRenderable(Obstacle.NOT_A_PROMPT, "content is neither a text nor a list of parts")
