@@ -42,16 +42,26 @@ def dispatch_headers(decided: Decided, dispatch: Dispatch) -> dict[str, str]:
 def refusal_headers(reject: Reject, slo: Slo, waited_s: float) -> dict[str, str]:
     """The reason, the predicted and the promised numbers, and when to come back."""
     headers = {"x-sluice-reason": str(reject.reason)} | _as_headers(refusal_ms(reject, slo, waited_s))
-    if REFUSAL_STATUS[reject.reason] in (429, 503):
+    if is_lasting(reject):
+        headers["x-should-retry"] = "false"
+    elif REFUSAL_STATUS[reject.reason] in (429, 503):
         headers["retry-after"] = str(max(1, math.ceil(_retry_after_s(reject))))
         headers["retry-after-ms"] = str(_retry_after_ms(reject))
     return headers
 
 
+def is_lasting(reject: Reject) -> bool:
+    """Whether it would be refused at any time: engines that have nothing else to do are too slow for its bounds.
+
+    OpenAI's clients do not try again by themselves then. Source: openai-python, `_base_client.py` `_should_retry`.
+    """
+    return reject.retry_after_s is None and reject.reason in (RejectReason.TTFT_SLO, RejectReason.TBT_SLO)
+
+
 def refusal_members(reject: Reject, slo: Slo, waited_s: float) -> dict[str, float]:
     """The numbers of a refusal as members of an error body, milliseconds; the time to come back is as in the header."""
     members = as_members(refusal_ms(reject, slo, waited_s))
-    if REFUSAL_STATUS[reject.reason] in (429, 503):
+    if REFUSAL_STATUS[reject.reason] in (429, 503) and not is_lasting(reject):
         members["retry_after_ms"] = _retry_after_ms(reject)
     return members
 

@@ -47,8 +47,13 @@ class Gather:
         self._is_sound: dict[str, bool] = {}
         """Model -> whether our tokenizer gave the ids that an engine gave."""
 
-    async def __call__(self, payload: Payload, *, arrived_at: float, promise: Promise, tenant: str) -> Gathered:
-        """What the core needs to know of a request of that tenant. Never fails: what cannot be known is estimated."""
+    async def __call__(
+        self, payload: Payload, *, arrived_at: float, promise: Promise, tenant: str, client: int | None = None
+    ) -> Gathered:
+        """What the core needs to know of a request of that tenant and client (`gateway/clients.py`).
+
+        Never fails: what cannot be known is estimated.
+        """
         tokenised = await self._tokenise(payload)
         if tokenised.ids is not None and await self._may_pass_on(payload, tokenised):
             payload = replace(payload, token_ids=tokenised.ids)
@@ -64,6 +69,7 @@ class Gather:
             slo=promise.slo,
             priority=promise.priority,
             tenant=tenant,
+            client=client,
         )
         return Gathered(request, payload, tokenised)
 

@@ -25,6 +25,7 @@ from adapters.headers import client_request_id
 from adapters.openai import CHAT, COMPLETIONS, parse
 from gateway.auth import Auth, Tenant
 from gateway.body import read_body
+from gateway.clients import Clients
 from gateway.continuation import Continuation
 from gateway.core.admission import refuse_missing_role
 from gateway.core.errors import (
@@ -143,6 +144,7 @@ class Handlers:
         self._gather = gather
         self._limits = limits
         self._auth = auth or Auth(AuthSettings())
+        self._clients = Clients()
         self._promises = promises or Promises(SloSettings())
         self._unix_clock = unix_clock
         self._started_at = started_at
@@ -220,7 +222,13 @@ class Handlers:
                 past = Reject(exchanged.id, RejectReason.DEADLINE_PAST, error.message)
                 return self._refused_by_tenant(past, exchanged)
             exchanged.slo = trail.slo = promise.slo
-            gathered = await self._gather(payload, arrived_at=exchanged.began_at, promise=promise, tenant=tenant.name)
+            gathered = await self._gather(
+                payload,
+                arrived_at=exchanged.began_at,
+                promise=promise,
+                tenant=tenant.name,
+                client=self._clients.number(request.remote),
+            )
             trail.gathered(gathered.request, now=self._driver.now())
             reject = tenant.refuse_tokens(exchanged.id, gathered.request.prompt_tokens, now=self._driver.now())
             if reject is not None:

@@ -17,6 +17,7 @@ BENCHES: dict[str, tuple[str, str]] = {
     "overload-http": ("attained under overload over real HTTP, and simulated", "loadtest.bench_overload_http"),
     "relay": ("the gateway beside other proxies: processor time, time added to first tokens", "loadtest.bench_relay"),
     "reality": ("predictions against what a real prefill and decode pair did", "loadtest.reality"),
+    "returns": ("clients that come back as told, a crowd, one that hammers, simulated", "loadtest.bench_returns"),
     "streams": ("thousands of streams at once: memory, losses, delay per token", "loadtest.bench_streams"),
     "store": ("sharing one view over Redis: events per second, bytes, processor share, age", "loadtest.bench_store"),
     "tenants": ("shares of tenants and classes under overload, simulated", "loadtest.bench_tenants"),

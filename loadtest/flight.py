@@ -11,6 +11,7 @@ from gateway.core.types import Dispatch, Request
 from loadtest.engine_types import RemoteKv
 from loadtest.report import Outcome, Status
 from loadtest.sim_engines import SimEngine
+from loadtest.sim_returns import Visit
 from loadtest.workload import TraceRequest
 
 
@@ -18,7 +19,7 @@ from loadtest.workload import TraceRequest
 class Flight:
     """A request from its arrival to its end. Engines know it by `leg_id`, another one for each attempt."""
 
-    trace: TraceRequest
+    visit: Visit
     request: Request
     gateway: int
     """Which gateway it came to."""
@@ -45,6 +46,11 @@ class Flight:
     """Output tokens that the scheduler was told of."""
     outcome: Outcome | None = None
     is_refused_after_prefill: bool = False
+
+    @property
+    def trace(self) -> TraceRequest:
+        """What is asked for."""
+        return self.visit.trace
 
     @property
     def leg_id(self) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain, islice, tee
 from pathlib import Path
 
 from gateway.admissions import ADMISSIONS, DEFAULT_ADMISSION
@@ -21,6 +22,7 @@ from loadtest.fault_plan import Fault, draw_faults, parse_fault
 from loadtest.generators import SHAPES, generate
 from loadtest.sim_engines import Fleet
 from loadtest.sim_plan import Plan, Run
+from loadtest.sim_returns import Manner, Returning
 from loadtest.simulator import simulate
 from loadtest.traces import FORMATS, read_trace
 from loadtest.workload import BLOCK_TOKENS, TraceRequest, scaled, sliced, unrounded
@@ -71,6 +73,9 @@ class Spec:
     report_delay_ms: float = 0.0
     faults: tuple[Fault, ...] = ()
     random_faults: int = 0
+    returns: str | None = None
+    max_visits: int = 20
+    hammerers: int = 0
 
 
 def add_options(parser: argparse.ArgumentParser, *, is_comparison: bool = False) -> None:
@@ -116,6 +121,12 @@ def add_options(parser: argparse.ArgumentParser, *, is_comparison: bool = False)
         "--fault", action="append", default=[], metavar="KIND:ENGINE@START+SECONDS[xFACTOR]", help="repeatable"
     )
     trouble.add_argument("--random-faults", type=int, default=0, metavar="N", help="drawn from the seed")
+    back = parser.add_argument_group("clients that come back")
+    back.add_argument("--returns", choices=[str(m) for m in Manner], help="what the refused do (default: go away)")
+    back.add_argument(
+        "--max-visits", type=int, default=Spec.max_visits, metavar="N", help="then they give up (default %(default)s)"
+    )
+    back.add_argument("--hammerers", type=int, default=0, metavar="N", help="more clients, who ask each 100 ms")
     if not is_comparison:
         load.add_argument("--speed", type=float, default=1.0, metavar="X", help="times as fast (default 1)")
         goal.add_argument("--policy", default=DEFAULT_POLICY, metavar="NAME", help=f"{', '.join(POLICIES)}")
@@ -156,7 +167,12 @@ def run_spec(spec: Spec) -> Run:
     if spec.admission == CLAIRVOYANT:
         inner = replace(spec, admission=CLAIRVOYANT_INNER)
         return search(plan_of(inner, block_tokens), workload)
-    return simulate(plan_of(spec, block_tokens), workload)
+    plan = plan_of(spec, block_tokens)
+    if spec.hammerers:
+        workload, asked = tee(workload)
+        drawn = random.Random(f"hammerers {spec.seed}").sample(list(asked), spec.hammerers)
+        plan = replace(plan, hammerers=tuple(drawn))
+    return simulate(plan, workload)
 
 
 def plan_of(spec: Spec, block_tokens: int) -> Plan:
@@ -180,6 +196,7 @@ def plan_of(spec: Spec, block_tokens: int) -> Plan:
         gateways=spec.gateways,
         view_delay_s=None if spec.no_view else spec.view_delay_ms / 1e3,
         report_delay_s=spec.report_delay_ms / 1e3,
+        returning=None if spec.returns is None else Returning(Manner(spec.returns), spec.max_visits),
         faults=(
             *spec.faults,
             *draw_faults(spec.random_faults, fleet.engine_ids, span_s=3600 / spec.speed, seed=spec.seed),

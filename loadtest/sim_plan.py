@@ -12,6 +12,8 @@ from gateway.core.types import Slo
 from loadtest.fault_plan import Fault
 from loadtest.flight import Flight
 from loadtest.sim_engines import Fleet
+from loadtest.sim_returns import Returning
+from loadtest.workload import TraceRequest
 from predictors.calibration import Calibration
 from predictors.output_length import OutputLengths
 
@@ -46,6 +48,10 @@ class Plan:
     """Shares of tenants when requests have to wait; 1 for those not named."""
     priorities: Mapping[str, int] = field(default_factory=dict)
     """Class of each tenant's requests; 0 for those not named."""
+    returning: Returning | None = None
+    """What clients do that are refused; None: they go away."""
+    hammerers: tuple[TraceRequest, ...] = ()
+    """What each of the clients asks for who ask again and again, beside the workload."""
     sample_interval_s: float = 5.0
     """Between two samples of the load."""
 
@@ -77,8 +83,22 @@ class Run:
 
     plan: Plan
     flights: list[Flight] = field(default_factory=list)
-    """In order of arrival."""
+    """The last request of each client, in the order in which the clients came."""
+    visits: list[Flight] = field(default_factory=list)
+    """All requests of these clients in order of arrival; empty when nobody comes back."""
     samples: list[LoadSample] = field(default_factory=list)
     duration_s: float = 0.0
     prefill_busy_ratio: float | None = None
     decode_busy_ratio: float | None = None
+
+    def came(self, flight: Flight) -> None:
+        """A client asks, for the first time or again; those beside the workload are not counted."""
+        visit = flight.visit
+        if visit.is_hammering:
+            return
+        if visit.number > 1:
+            self.flights[visit.client] = flight
+        else:
+            self.flights.append(flight)
+        if self.plan.returning is not None:
+            self.visits.append(flight)

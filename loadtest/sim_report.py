@@ -13,6 +13,7 @@ from loadtest.fluid import attainable_ratio
 from loadtest.promises import Promise, kept_ratio, promises, tbt_predictions, ttft_predictions
 from loadtest.report import Outcome, Spread, Status, is_attained, summarise
 from loadtest.sim_plan import LoadSample, Run
+from loadtest.sim_returns import return_figures
 from predictors.calibration import Calibration, MarginState
 from predictors.profile import Profile
 from predictors.score import Score, pinball_loss_s, score
@@ -51,6 +52,7 @@ def figures(run: Run) -> dict[str, Any]:
         "prefill_busy_ratio": run.prefill_busy_ratio,
         "decode_busy_ratio": run.decode_busy_ratio,
         "anti_phase": anti_phase(run.samples),
+        "returns": return_figures(run.visits, [is_attained(outcome_of(visit), slo) for visit in run.visits]),
         "prediction": {
             "ttft": prediction(run.flights, lambda f: f.predicted_ttft_s, lambda o: o.ttft_s, slo.ttft_s),
             "tbt": prediction(run.flights, predicted_tbt_s, lambda o: o.tbt_s, slo.tbt_s),

@@ -39,6 +39,7 @@ from loadtest.sim_engines import MODEL, PROGRESS_TOKENS, SimEngine, prefix_hashe
 from loadtest.sim_faults import Faults
 from loadtest.sim_gateway import ShellOf, SimGateway
 from loadtest.sim_plan import LoadSample, Plan, Run
+from loadtest.sim_returns import Visit, Visitors
 from loadtest.sim_view import SimView
 from loadtest.workload import TraceRequest
 
@@ -56,6 +57,7 @@ class Simulation:
         self._plan = plan
         self._run = Run(plan)
         self._arrivals = iter(workload)
+        self._visitors = Visitors(plan.returning, plan.hammerers)
         self._in_flight: dict[str, Flight] = {}
         self._touched: dict[str, SimEngine] = {}
         """Engines whose next step may have moved since they were asked."""
@@ -82,8 +84,8 @@ class Simulation:
 
     @property
     def is_over(self) -> bool:
-        """Whether every request came and ended."""
-        return not self._in_flight and self._next_arrival is None
+        """Whether every client of the workload came and will not come again."""
+        return self._next_arrival is None and not self._visitors.open_count
 
     def run(self) -> Run:
         """Lets everything happen; what it came to."""
@@ -117,6 +119,8 @@ class Simulation:
             self.tell_all(KvFeed(engine.id, FeedState.LIVE, (engine.id,)), 0.0)
         self.agenda.note(0.0, self._report)
         self.agenda.note(0.0, self._sample)
+        for visit in self._visitors.hammerers:
+            self.agenda.note(0.0, partial(self._come, visit))
         Faults(self._plan.faults, self.agenda, self._engines, self._links, self)
 
     def _scheduler(self, number: int) -> Scheduler:
@@ -155,19 +159,23 @@ class Simulation:
     def _arrive(self, now: float) -> None:
         trace = self._next_arrival
         assert trace is not None, "an arrival was noted for it"
-        number = len(self._run.flights)
-        flight = self._flight(trace, number, now)
-        self._run.flights.append(flight)
-        self._in_flight[flight.request.id] = flight
+        visit = self._visitors.first(len(self._run.flights), trace)
         self._expect_next()
+        self._come(visit, now)
+
+    def _come(self, visit: Visit, now: float) -> None:
+        flight = self._flight(visit, now)
+        self._in_flight[flight.request.id] = flight
+        self._run.came(flight)
         self._gateways[flight.gateway].decide(flight.request, now=now)
 
-    def _flight(self, trace: TraceRequest, number: int, now: float) -> Flight:
+    def _flight(self, visit: Visit, now: float) -> Flight:
+        trace = visit.trace
         size = self._plan.fleet.block_tokens
         full = () if trace.block_ids is None else trace.block_ids[: trace.prompt_tokens // size]
         hashes = prefix_hashes(full)
         request = Request(
-            id=f"r{number}",
+            id=visit.request_id,
             model=MODEL,
             arrived_at=now,
             prompt_tokens=trace.prompt_tokens,
@@ -175,9 +183,10 @@ class Simulation:
             block_hashes={size: hashes} if full else {},
             slo=self._plan.slo,
             tenant=trace.tenant,
+            client=visit.client_number,
             priority=self._plan.priorities.get(trace.tenant, 0),
         )
-        return Flight(trace, request, number % len(self._gateways), tuple(hashes.tolist()))
+        return Flight(visit, request, visit.client % len(self._gateways), tuple(hashes.tolist()))
 
     def _decided(self, gateway: int, decision: Dispatch | Reject | HandOff, now: float) -> None:
         flight = self._in_flight[decision.request_id]
@@ -188,7 +197,7 @@ class Simulation:
             if self._view is not None:
                 self._view.ended(gateway, decision.request_id, now)
             flight.is_refused_after_prefill = flight.dispatch is not None
-            self._end(flight, Status.REFUSED, now, str(decision.reason))
+            self._end(flight, Status.REFUSED, now, str(decision.reason), told_s=decision.retry_after_s)
             return
         flight.dispatch, flight.sent_at = decision, now
         flight.prefill = self._engines[decision.estimate.prefill]
@@ -305,6 +314,7 @@ class Simulation:
         )
         del self._in_flight[flight.request.id]
         self._tell(flight, event, now)
+        self._over(flight, now)
 
     def _fail(self, flight: Flight, engine_id: str, reason: str, now: float) -> None:
         """The attempt is over: tried again unless the client has seen a token, as in gateway/dispatch.py."""
@@ -323,9 +333,16 @@ class Simulation:
         flight.request = replace(flight.request, attempt=flight.request.attempt + 1, avoid=avoid)
         self._gateways[flight.gateway].decide(flight.request, now=now)
 
-    def _end(self, flight: Flight, status: Status, now: float, reason: str) -> None:
+    def _end(self, flight: Flight, status: Status, now: float, reason: str, *, told_s: float | None = None) -> None:
         del self._in_flight[flight.request.id]
         flight.end(status, now, reason)
+        self._over(flight, now, told_s)
+
+    def _over(self, flight: Flight, now: float, told_s: float | None = None) -> None:
+        """The client has its answer, or comes back for it."""
+        again = self._visitors.over(flight, told_s, now)
+        if again is not None:
+            self.agenda.note(again[0], partial(self._come, again[1]))
 
     def fail_all(self, engine: SimEngine, now: float) -> None:
         """The engine died: every leg on it is over."""

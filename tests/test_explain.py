@@ -39,7 +39,17 @@ def test_a_refusal_tells_what_was_predicted_and_what_was_promised() -> None:
 
 @pytest.mark.parametrize("reason", list(RejectReason))
 def test_only_what_passes_tells_when_to_come_back(reason: RejectReason) -> None:
-    headers = refusal_headers(Reject("r1", reason, "no"), Slo(), waited_s=0.0)
+    reject = Reject("r1", reason, "no", retry_after_s=2.0)
+    headers = refusal_headers(reject, Slo(), waited_s=0.0)
     assert ("retry-after" in headers) is (REFUSAL_STATUS[reason] in (429, 503))
-    members = refusal_members(Reject("r1", reason, "no"), Slo(), waited_s=0.0)
+    members = refusal_members(reject, Slo(), waited_s=0.0)
     assert ("retry_after_ms" in members) is ("retry-after" in headers)
+    assert "x-should-retry" not in headers
+
+
+def test_who_would_be_refused_at_any_time_is_told_not_to_come_back() -> None:
+    reject = Reject("r1", RejectReason.TTFT_SLO, "no")
+    headers = refusal_headers(reject, Slo(ttft_s=0.001), waited_s=0.0)
+    assert headers["x-should-retry"] == "false"
+    assert "retry-after" not in headers
+    assert "retry_after_ms" not in refusal_members(reject, Slo(ttft_s=0.001), waited_s=0.0)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import numpy as np
@@ -260,10 +260,14 @@ class SluiceGate:
         yield from (request for request in waiting if not request.slo.has_bounds)
 
     def _by_price(self, waiting: Sequence[Request]) -> list[tuple[bool, float]]:
-        """Of each whether it goes after all others, and what it costs at the prices: the cheapest goes first."""
+        """Of each whether it goes after all others, and what it costs at the prices: who is expected goes first, then
+        the cheapest."""
         known = [self._waiting.get(request.id) for request in waiting]
         excess = [0.0 if each is None else self._excess(each.cost) for each in known]
-        return [(each > 1.0, each) for each in excess]
+        return [
+            (each > 1.0 and not request.is_expected, -1.0 if request.is_expected else each)
+            for request, each in zip(waiting, excess, strict=True)
+        ]
 
     def _by_triage(self, waiting: Sequence[Request], cluster: Cluster, now: float) -> list[tuple[bool, float]]:
         """Of each whether it goes after all others, then the smallest first; who is kept stays in the queue's order."""
@@ -276,9 +280,10 @@ class SluiceGate:
     def _job(self, request: Request, gateways: int, now: float) -> Job:
         known = self._waiting.get(request.id)
         if known is None:
-            return Job(latest_start_at(request) - now, 0.0, 0.0, request.priority)
+            return Job(latest_start_at(request) - now, 0.0, 0.0, request.priority, request.is_expected)
         work_s = gateways * known.cost.prefill_s
-        return Job(known.latest_at - now + work_s, work_s, work_s / known.cost.value, request.priority)
+        size = work_s / known.cost.value
+        return Job(known.latest_at - now + work_s, work_s, size, request.priority, request.is_expected)
 
     def _excess(self, cost: Cost) -> float:
         """Cost at the prices over value: above 1 an optimal choice would leave it out."""
@@ -306,13 +311,15 @@ class _Odds:
         """A refusal when no wait would help: late already, or too slow even alone on its engine."""
         if not self.in_time.any():
             best = int(np.argmin(self._ttft_s - self._ttft_bound_s))
-            return _late(float(self._ttft_s[best]), float(self._ttft_bound_s[best]))
+            refusal = _late(float(self._ttft_s[best]), float(self._ttft_bound_s[best]))
+            return replace(refusal, is_lasting=bool((self._own_s > self._ttft_bound_s).all()))
         bound_s = self._request.slo.step_s
         if bound_s is None or self.is_open.any():
             return None
         engines = len(self._forecast.numbers)
         alone_s = self._forecast.step_s(np.ones(engines), np.full(engines, float(self._request.prompt_tokens)))
-        return _slow(float(alone_s.min()), bound_s) if float(alone_s.min()) > bound_s else None
+        is_lasting = float(alone_s.min()) > bound_s
+        return replace(_slow(float(alone_s.min()), bound_s), is_lasting=True) if is_lasting else None
 
     def until_open(self) -> Patience:
         """A wait for a place at a decode engine."""

@@ -24,12 +24,14 @@ class Job:
     """The largest is left out first: its work, over what it is worth."""
     priority: int = 0
     """Those of the lowest are left out first."""
+    is_expected: bool = False
+    """Whether it was refused before and told to come now: of the same priority these are left out last."""
 
 
 def kept(jobs: Sequence[Job], *, busy_s: float) -> list[bool]:
     """Which of the jobs to keep, when the machine has `busy_s` >= 0 seconds of other work to do first."""
     keep = [True] * len(jobs)
-    taken: list[tuple[int, float, int]] = []
+    taken: list[tuple[int, bool, float, int]] = []
     done_s = busy_s
     for number in sorted(range(len(jobs)), key=lambda each: jobs[each].due_s):
         job = jobs[number]
@@ -37,9 +39,9 @@ def kept(jobs: Sequence[Job], *, busy_s: float) -> list[bool]:
             keep[number] = False
             continue
         done_s += job.work_s
-        heapq.heappush(taken, (job.priority, -job.size, number))
+        heapq.heappush(taken, (job.priority, job.is_expected, -job.size, number))
         while taken and done_s > job.due_s:
-            dropped = heapq.heappop(taken)[2]
+            dropped = heapq.heappop(taken)[3]
             keep[dropped] = False
             done_s -= jobs[dropped].work_s
     return keep

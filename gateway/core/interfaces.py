@@ -261,6 +261,8 @@ class Refusal:
     predicted_s: float | None = None
     """What was predicted for the bound that would break, its margin included."""
     bound_s: float | None = None
+    is_lasting: bool = False
+    """Whether engines that have nothing else to do would be too slow as well: it is told no time to come back."""
 
 
 @dataclass(frozen=True, slots=True)

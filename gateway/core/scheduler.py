@@ -161,6 +161,8 @@ class Scheduler:
     def decide(self, request: Request, *, now: float) -> Dispatch | Wait | Reject:
         """Dispatch, Wait or Reject for this request, already booked. A retry is the same request with `attempt` + 1."""
         assert request.id not in self._waiting, f"request {request.id} is decided while it waits"
+        if request.attempt == 1 and self._returns.take(request, now=now):
+            request = replace(request, is_expected=True)
         self.candidates.clear()
         self.cluster.turns.arrived(now)
         return self._decide(request, now)
@@ -429,7 +431,9 @@ class Scheduler:
             request.id,
             refusal.reason,
             refusal.message,
-            retry_after_s=self._retry_after_s(request, best, refusal.reason, now, refusal.retry_after_s),
+            retry_after_s=None
+            if refusal.is_lasting
+            else self._retry_after_s(request, best, refusal.reason, now, refusal.retry_after_s),
             best=best,
             predicted_s=refusal.predicted_s,
             bound_s=refusal.bound_s,

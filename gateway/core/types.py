@@ -146,6 +146,10 @@ class Request:
     tenant: str = "default"
     attempt: int = 1
     """1 for the first decision; each retry is a new decision with the next number."""
+    client: int | None = None
+    """Who asks, as a number that tells clients apart and nothing else of them; None: nobody knows."""
+    is_expected: bool = False
+    """Whether it was refused before and comes back when it was told to; the scheduler says so."""
     avoid: tuple[str, ...] = ()
     """Engines that failed this request, then those that may have: each is chosen again only when no other can serve."""
 

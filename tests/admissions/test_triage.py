@@ -33,6 +33,12 @@ def test_one_long_prompt_goes_rather_than_three_short_ones():
     assert kept([job(4, 4), job(4, 1), job(4, 1), job(4, 1)], busy_s=0.0) == [False, True, True, True]
 
 
+def test_who_was_told_to_come_now_is_kept_before_others_of_its_class():
+    told = Job(4, 4, 4, 0, True)
+    assert kept([job(4, 1), told, job(4, 1)], busy_s=0.0) == [False, True, False]
+    assert kept([job(4, 1, priority=1), told], busy_s=0.0) == [True, False]
+
+
 def test_what_the_engines_have_to_do_first_counts():
     jobs = [job(2, 1), job(2, 0.5)]
     assert kept(jobs, busy_s=0.5) == [True, True]
