@@ -109,10 +109,9 @@ def estimate_pairs(
     hand_off_s = estimator.hand_off_s(
         [load.engine for load in prefills], [load.engine for load in decodes], prompt_tokens=length
     )
-    is_moved = np.array(
-        [prefills[p].engine.id != decodes[d].engine.id for p, d in zip(prefill_row, decode_row, strict=True)],
-        dtype=bool,
-    )
+    own_row = {load.engine.id: row for row, load in enumerate(decodes)}
+    decodes_at = np.array([own_row.get(load.engine.id, -1) for load in prefills], dtype=np.intp)
+    is_moved = decodes_at[prefill_row] != decode_row
     is_local = np.array([load.engine.role is Role.DECODE for load in prefills], dtype=bool)[prefill_row]
     has_batch = np.array([load.decoding_count > 0 for load in decodes], dtype=bool)[decode_row]
     pairs = PairTable(
