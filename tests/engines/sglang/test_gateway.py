@@ -177,15 +177,15 @@ async def is_sent(session: aiohttp.ClientSession, url: str) -> bool:
 
 
 async def test_a_hand_off_that_never_comes_about_is_tried_on_another_pair_within_our_own_limit(
-    session: aiohttp.ClientSession, references: dict[str, Answer], start_gateway: StartGateway
+    session: aiohttp.ClientSession, start_gateway: StartGateway
 ) -> None:
     """p1's bootstrap server is looked for where nobody listens; SGLang itself would give up after 14 s, or 300.
 
-    p0 takes one request at a time, so that of four at once some go to p1.
+    Of four long prompts at once, which nobody has cached, some go to p1.
     """
     limits = f"[engine_client]\nfirst_event_timeout_s = {LIMIT_S}\n"
-    broken, narrow = {"bootstrap_port": 9}, {"max_in_flight": 1}
-    async with start_gateway("p1", "p0", "d0", more=limits, p1=broken, p0=narrow) as gateway:
+    prompts = make_prompts(90, [2000])
+    async with start_gateway("p1", "p0", "d0", more=limits, p1={"bootstrap_port": 9}) as gateway:
 
         async def timed(prompt: Prompt) -> Answer:
             cell = Cell("hand-off times out")
@@ -194,10 +194,10 @@ async def test_a_hand_off_that_never_comes_about_is_tried_on_another_pair_within
             assert cell.ended(f"tried anew, {attempts} attempts", "whole answer") < LIMIT_S + 5.0
             return answer
 
-        prompts = PROMPTS[20:24]
-        answers = dict(zip((each.name for each in prompts), await asyncio.gather(*map(timed, prompts)), strict=True))
-    assert wrong_answers(answers, references) == []
-    assert "2" in [answer.headers["x-sluice-attempts"] for answer in answers.values()]
+        answers = await asyncio.gather(*map(timed, prompts))
+    assert "2" in [answer.headers["x-sluice-attempts"] for answer in answers]
+    async with start_gateway("p0", "d0") as gateway:
+        assert answers == [await ask(session, gateway, prompt) for prompt in prompts]
 
 
 async def test_a_decode_engine_killed_in_the_middle_of_its_stream_ends_it_with_one_error_event(
