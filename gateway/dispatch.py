@@ -179,9 +179,8 @@ class Attempt:
             call, pool, self._limits, self._happenings.put_nowait, is_whole=is_whole, on_hang_up=self._on_hang_up
         )
         self._calls[call.leg] = engine_call
-        if (
-            reason := self._down_reason(call.engine.id)
-        ) is not None:  # since it was decided; it would hear nothing more
+        # It may have gone down since the decision: nothing would end the call before its lease.
+        if (reason := self._down_reason(call.engine.id)) is not None:
             engine_call.give_up(reason)
             return
         await engine_call.send(self._engines.request_head(call))

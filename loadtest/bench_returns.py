@@ -79,10 +79,12 @@ def run_case(spec: Spec, case: Case, *, crowd: int, at_s: float) -> Run:
 
 
 def found(run: Run, at_s: float) -> dict[str, Any]:
-    """What the run came to. The goodput is of answers that ended before the last client of the workload first came;
-    `drained_s` is from the crowd's instant to the last of its answers; `second_peak` how much
-    larger the share of refused requests was in any stretch of `WINDOW_S` s than in the one before, after the crowd's
-    first one."""
+    """What the run came to.
+
+    The goodput is of answers that ended before the last client of the workload first came. `drained_s` is from the
+    crowd's instant to the last of its answers. `second_peak` is how much larger the share of refused requests was in
+    any stretch of `WINDOW_S` s than in the one before, after the crowd's first one.
+    """
     slo = run.plan.slo
     rest = [flight for flight in run.flights if flight.trace.session != CROWD]
     crowd = [flight for flight in run.flights if flight.trace.session == CROWD]
